@@ -1,0 +1,54 @@
+"""Which weights is a file about: a content hash that does not depend on where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+PACKED_SUFFIX = "_fastgrad_packed"  # parameters that fastgrad itself adds to a model
+
+
+def model_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters by name, each shared one once, without fastgrad's packed ones.
+
+    Also undoes the ``_orig_mod.`` and ``module.`` prefixes of torch.compile and DDP wrappers, so
+    that a name means the same parameter everywhere.
+    """
+    return {
+        plain_name(name): p
+        for name, p in model.named_parameters()
+        if not name.endswith(PACKED_SUFFIX)
+    }
+
+
+def plain_name(name: str) -> str:
+    for prefix in ("_orig_mod.", "module."):
+        while name.startswith(prefix):
+            name = name[len(prefix) :]
+    return name
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def weights_hash(model: nn.Module) -> str:
+    """``sha256:...`` over name, dtype, shape and bytes of every parameter, sorted by name.
+
+    Two models with bit-identical weights under the same names hash alike, wherever they were
+    loaded from; one changed bit changes the hash. Costs one read of the weights.
+
+    Raises:
+        ValueError: if the model holds meta tensors, which have no content.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(model_parameters(model).items()):
+        if p.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no content to hash")
+        digest.update(f"{name}|{p.dtype}|{tuple(p.shape)}|".encode())
+        if p.numel():
+            digest.update(_bytes(p))
+    return "sha256:" + digest.hexdigest()

@@ -1,0 +1,538 @@
+"""Probe: gradient norms and cross-influence out of the ordinary backward pass.
+
+    with fg.Probe(model) as probe:
+        for batch in loader:
+            model(**batch).loss.backward()
+    stats = probe.stats()
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgrad.blocks import BlockGrid, check_spec
+from fastgrad.errors import CoverageError, NonFiniteGradientError, ProbeError
+from fastgrad.identity import model_parameters, weights_hash
+from fastgrad.records import Batch, ParamRecord, Target
+from fastgrad.stats import Coverage, GradientStats
+from fastgrad.taps import TapMode
+from fastgrad_kernels import ops
+from fastgrad_kernels.layout import matrix_view
+
+Reduction = Literal["token_mean", "row_mean", "sum"]
+Direction = Mapping[str, Tensor]
+SELF_CHECK_LIMIT = 1 << 28  # elements; larger models check a sample of parameters per pass
+
+
+class Probe:
+    """Context manager that measures a model's gradients while your own loop runs.
+
+    Args:
+        model: any ``nn.Module``. A new batch begins at each of its forward passes; tensors that
+            enter have the examples in their leading dimension.
+        blocks: granularity: ``module`` (one block per parameter), ``row``, ``column``,
+            ``expert`` or a tile such as ``128x128``.
+        per_example: True for the cross-influence ``T``; False for gradient norms only.
+        params: name patterns (``fnmatch``) of the parameters to probe; all that require a
+            gradient by default.
+        detail: name patterns of the parameters whose per-example *block* influence is kept
+            (memory: 4 bytes x blocks x examples); all by default.
+        targets: target directions for signed influence, as ``{parameter name: tensor}`` or
+            ``{direction name: {parameter name: tensor}}``.
+        loss_reduction: how the loss combines examples: ``token_mean`` (mean over all label
+            tokens of the batch; transformers' losses), ``row_mean`` (mean over examples of each
+            example's mean), ``sum``. Contributions never depend on it; the scales
+            ``example_mean`` and ``example_sum`` and the noise estimates do.
+        shift_labels: True if the loss predicts the next token, so that the first label of each
+            row does not count; by default read from a transformers model.
+        ignore_index: label value that does not count.
+        self_check: compare what the taps summed up with autograd's gradient after each pass.
+        strict: raise :class:`CoverageError` instead of reporting a missing parameter.
+        on_nonfinite: ``raise`` on NaN or infinity in a gradient, or ``skip`` that batch (it is
+            counted in ``stats.meta["skipped_batches"]``).
+        hash_weights: keep the content hash of the weights in the statistics, so that they can
+            be matched with a model later. Reads all weights once.
+
+    Raises:
+        ProbeError: if nothing is to be probed, or the model is compiled.
+        BlockSpecError: for an unknown granularity.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: str = "module",
+        *,
+        per_example: bool = True,
+        params: Sequence[str] | None = None,
+        detail: Sequence[str] | None = None,
+        targets: Direction | Mapping[str, Direction] | None = None,
+        loss_reduction: Reduction = "token_mean",
+        shift_labels: bool | None = None,
+        ignore_index: int = -100,
+        self_check: bool = True,
+        strict: bool = False,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        hash_weights: bool = True,
+    ) -> None:
+        check_spec(blocks)
+        _refuse_compiled(model)
+        if loss_reduction not in ("token_mean", "row_mean", "sum"):
+            raise ProbeError(f"unknown loss_reduction {loss_reduction!r}; use token_mean, row_mean "
+                             "or sum")
+        self.model, self.spec, self.per_example = model, blocks, per_example
+        self.loss_reduction, self.ignore_index = loss_reduction, ignore_index
+        self.strict, self.on_nonfinite = strict, on_nonfinite
+        self.shift_labels = _shifts_labels(model) if shift_labels is None else shift_labels
+        everything = model_parameters(model)
+        names = [n for n, p in everything.items() if p.requires_grad and _matches(n, params)]
+        _check_patterns(params, everything, "params")
+        if not names:
+            raise ProbeError(
+                "no parameter to probe: none requires a gradient"
+                + (f" and matches {list(params)}" if params else "")
+                + ". Remedy: call requires_grad_(True) on what you want to measure"
+            )
+        _check_patterns(detail, everything, "detail")
+        self._detail = {n for n in names if _matches(n, detail)}
+        self._directions = _named_directions(targets, everything, names)
+        self._frozen = [n for n in everything if n not in names]
+        self._missing: dict[str, str] = {}
+        self._used: set[str] = set()
+        total = sum(everything[n].numel() for n in names)
+        self._check_every = max(1, -(-total // SELF_CHECK_LIMIT)) if self_check else 0
+        self._targets = {
+            id(everything[n]): Target(
+                n,
+                everything[n],
+                BlockGrid.of(everything[n].shape, blocks),
+                self._stacked(n, everything[n]),
+                self._refuse,
+                self_check and i % self._check_every == 0,
+            )
+            for i, n in enumerate(names)
+        }
+        self._weight_sq = np.array(
+            [float(torch.linalg.vector_norm(everything[n].detach().float())) ** 2 for n in names]
+        )
+        self._hash = weights_hash(model) if hash_weights else None
+        self._mode: TapMode | None = None
+        self._handles: list[Any] = []
+        self._batch: Batch | None = None
+        self._open: list[Batch] = []
+        self._pass: dict[str, tuple[Tensor, Tensor]] | None = None
+        self._skipped = 0
+        self._columns: list[dict[str, Any]] = []
+        self._passes: list[dict[str, Any]] = []
+
+    # -- context -------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if self._mode is not None:
+            raise ProbeError("this probe is already running")
+        self._handles = [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.model.register_forward_hook(self._end_forward),
+        ]
+        for target in self._targets.values():
+            self._handles.append(target.parameter.register_hook(self._grad_hook(target)))
+        if self.per_example:
+            self._mode = TapMode(lambda: self._batch, self._lookup)
+            self._mode.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._mode is not None:
+            self._mode.__exit__(kind, error, trace)
+        self._mode = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._batch, self._open, self._pass = None, [], None
+
+    # -- forward -------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            self._batch = None
+            return
+        inputs = _input_tensors(args, kwargs)
+        if not inputs:
+            raise ProbeError(
+                f"{type(module).__name__} was called without a tensor argument, so the examples "
+                "of the batch cannot be counted. Remedy: pass inputs as tensors"
+            )
+        n = inputs[0].shape[0]
+        _refuse_packed(kwargs, n)
+        tokens = _label_tokens(kwargs.get("labels"), n, self.shift_labels, self.ignore_index)
+        items = kwargs.get("num_items_in_batch")
+        self._batch = Batch(
+            n, tokens, None if items is None else float(items), self._targets, self._arrival
+        )
+        self._open.append(self._batch)
+
+    def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        # The first gradient to flow into an output marks the begin of the backward pass; taken
+        # here, because an activation checkpoint runs smaller backward passes inside.
+        if torch.is_grad_enabled():
+            for tensor in _output_tensors(output):
+                if tensor.requires_grad and tensor.grad_fn is not None:
+                    tensor.register_hook(self._arrival_hook)
+
+    def _lookup(self, tensor: Tensor) -> ParamRecord | None:
+        if self._batch is None or id(tensor) not in self._targets:
+            return None
+        record = self._batch.lookup(tensor)
+        if record is not None and len(self._open) > 1 and torch._C._current_graph_task_id() != -1:
+            record.refuse("its forward pass was recomputed in a backward pass over several batches")
+        return record
+
+    def _refuse(self, name: str, reason: str) -> None:
+        if self.strict:
+            raise CoverageError(
+                f"{name}: {reason}. Its cross-influence cannot be measured exactly. "
+                "Remedy: strict=False reports it as missing instead"
+            )
+        self._missing.setdefault(name, reason)
+
+    # -- backward ------------------------------------------------------------------------
+
+    def _arrival_hook(self, grad: Tensor) -> None:
+        self._arrival()
+
+    def _arrival(self) -> None:
+        if self._pass is None:
+            self._pass = {}
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+
+    def _grad_hook(self, target: Target) -> Any:
+        grid = target.grid
+
+        def hook(grad: Tensor) -> None:
+            self._arrival()
+            assert self._pass is not None
+            if target.name in self._pass:
+                self._refuse(target.name, "its gradient arrived in several parts in one backward "
+                             "pass (reentrant activation checkpointing of a shared weight)")
+            matrix = matrix_view(grad.detach())
+            if grid.is_whole:
+                sq = torch.linalg.vector_norm(matrix, dtype=_wide_dtype(grad)).square().view(1)
+            else:
+                stats = ops.block_stats(matrix, grid.block_rows, grid.block_cols)
+                sq = torch.where(stats[3] > 0, torch.nan, stats[0])
+            entries = grad.detach().reshape(-1)
+            record = self._record(target.name)
+            picked = entries[record.sample()] if record is not None and target.self_check else sq[:0]
+            self._pass[target.name] = (sq, picked)
+
+        return hook
+
+    def _record(self, name: str) -> ParamRecord | None:
+        for batch in self._open:
+            record = batch.records.get(name)
+            if record is not None and record.expected:
+                return record
+        return None
+
+    def _finish(self) -> None:
+        """End of a backward pass: what the records hold becomes columns of the statistics."""
+        arrived, self._pass = self._pass or {}, None
+        batches = [b for b in self._open if b.fired or not self.per_example]
+        if not self.per_example:
+            batches = batches[-1:]
+        for batch in batches:
+            self._open.remove(batch)
+            batch.closed = True
+        bad = [name for name, (sq, _) in arrived.items() if not bool(torch.isfinite(sq).all())]
+        if bad:
+            if self.on_nonfinite == "raise":
+                raise NonFiniteGradientError(
+                    bad, "This batch was left out of the statistics; earlier batches are kept."
+                )
+            self._skipped += 1
+            return
+        self._used |= set(arrived)
+        if self.per_example and not batches:
+            for name in arrived:
+                self._refuse(name, "its gradient came from a forward pass that was not the probed "
+                             "model's, or was used for a second backward pass")
+        number = len(self._passes)
+        self._check(batches, arrived)
+        for batch in batches if self.per_example else []:
+            self._columns.append(self._column(batch, arrived, number))
+        self._passes.append({name: sq.double().cpu().numpy() for name, (sq, _) in arrived.items()})
+
+    def _column(
+        self, batch: Batch, arrived: Mapping[str, tuple[Tensor, Tensor]], number: int
+    ) -> dict[str, Any]:
+        sq: dict[str, np.ndarray] = {}
+        blocks: dict[str, np.ndarray] = {}
+        dots: dict[str, np.ndarray] = {}
+        for target in self._targets.values():
+            name = target.name
+            record = batch.records.get(name)
+            result = record.finish() if record is not None else None
+            if result is None:
+                if name in arrived and len(self._open) == 0:
+                    self._refuse(name, "it received a gradient from a use that no tap saw")
+                continue
+            values, products = result
+            sq[name] = values.sum(0, dtype=torch.float64).cpu().numpy()
+            dots[name] = products.double().cpu().numpy()
+            if name in self._detail and not target.grid.is_whole:
+                blocks[name] = values.float().cpu().numpy()
+        batch.records.clear()  # activations and gradients kept for cross terms go now
+        mean, total = _factors(batch, self.loss_reduction)
+        return {
+            "n": batch.n_examples, "pass": number, "sq": sq, "blocks": blocks, "dots": dots,
+            "tokens": batch.label_tokens or [-1] * batch.n_examples, "mean": mean, "sum": total,
+        }  # fmt: skip
+
+    def _check(
+        self, batches: Sequence[Batch], arrived: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        if len(batches) != 1 or not self._check_every:
+            return
+        for name, error in batches[0].mismatches(arrived).items():
+            self._refuse(
+                name,
+                f"the self-check found that the taps' sum differs from autograd's gradient by "
+                f"{error:.1%}: part of its uses is not covered",
+            )
+
+    # -- result --------------------------------------------------------------------------
+
+    def stats(self) -> GradientStats:
+        """Everything measured so far; may be called inside or after the ``with`` block.
+
+        Raises:
+            ProbeError: if no backward pass has been seen.
+        """
+        if not self._passes:
+            raise ProbeError(
+                "no backward pass was seen. Remedy: call the probed model and loss.backward() "
+                "inside the with block, with gradients enabled"
+                + (f"; {self._skipped} batches were skipped for NaN or infinity"
+                   if self._skipped else "")
+            )
+        names = [t.name for t in self._targets.values()]
+        n_examples = sum(c["n"] for c in self._columns)
+        sq = np.zeros((len(names), n_examples))
+        alignment = np.zeros((len(self._directions), len(names), n_examples))
+        block_sq = {
+            t.name: np.zeros((t.grid.n_blocks, n_examples), dtype=np.float32)
+            for t in self._targets.values()
+            if self.per_example and t.name in self._detail and not t.grid.is_whole
+        }
+        start = 0
+        for column in self._columns:
+            span = slice(start, start + column["n"])
+            start += column["n"]
+            for p, name in enumerate(names):
+                if name in column["sq"]:
+                    sq[p, span] = column["sq"][name]
+                    alignment[:, p, span] = column["dots"][name]
+                if name in column["blocks"]:
+                    block_sq[name][:, span] = column["blocks"][name]
+        for p, name in enumerate(names):
+            if name in self._missing and name in self._used:
+                sq[p], alignment[:, p] = np.nan, np.nan
+                if name in block_sq:
+                    block_sq[name][:] = np.nan
+        batch_sq = np.array([[float(b[n].sum()) if n in b else 0.0 for b in self._passes]
+                             for n in names])  # fmt: skip
+        block_batch = {
+            t.name: sum(
+                (b[t.name] for b in self._passes if t.name in b), np.zeros(t.grid.n_blocks)
+            )
+            for t in self._targets.values()
+            if not t.grid.is_whole
+        }
+        chain = itertools.chain.from_iterable
+        return GradientStats(
+            names=names,
+            shapes=[tuple(t.parameter.shape) for t in self._targets.values()],
+            spec=self.spec,
+            sq=sq,
+            batch=np.array([c["pass"] for c in self._columns for _ in range(c["n"])], np.int64),
+            label_tokens=np.array(list(chain(c["tokens"] for c in self._columns)), np.int64),
+            mean_factor=np.array(list(chain(c["mean"] for c in self._columns)), np.float64),
+            sum_factor=np.array(list(chain(c["sum"] for c in self._columns)), np.float64),
+            batch_sq=batch_sq,
+            weight_sq=self._weight_sq,
+            block_sq=block_sq,
+            block_batch_sq=block_batch,
+            directions=list(self._directions),
+            alignment_by_direction=alignment,
+            coverage_list=self._coverage(names),
+            meta=self._meta(),
+        )
+
+    def _coverage(self, names: Sequence[str]) -> list[Coverage]:
+        report = []
+        for name in names:
+            if name not in self._used:
+                report.append(Coverage(name, "unused", "no gradient reached it"))
+            elif not self.per_example:
+                report.append(Coverage(name, "exact", "gradient norm only"))
+            elif name in self._missing:
+                report.append(Coverage(name, "missing", self._missing[name]))
+            else:
+                report.append(Coverage(name, "exact"))
+        report += [Coverage(n, "frozen", "not probed") for n in self._frozen]
+        return report
+
+    def _meta(self) -> dict[str, Any]:
+        config = getattr(self.model, "config", None)
+        dtypes = sorted({str(t.parameter.dtype) for t in self._targets.values()})
+        return {
+            "weights_hash": self._hash,
+            "model_class": type(self.model).__name__,
+            "name_or_path": str(getattr(config, "_name_or_path", "") or ""),
+            "attention": str(getattr(config, "_attn_implementation", "") or ""),
+            "dtypes": dtypes,
+            "loss_reduction": self.loss_reduction,
+            "shift_labels": self.shift_labels,
+            "skipped_batches": self._skipped,
+            "n_model_parameters": sum(p.numel() for p in model_parameters(self.model).values()),
+            "torch": str(torch.__version__),
+        }
+
+    def _stacked(self, name: str, parameter: nn.Parameter) -> Tensor | None:
+        if not self._directions:
+            return None
+        grid = BlockGrid.of(parameter.shape, self.spec)
+        rows = [
+            d[name].detach().to(parameter.device).reshape(grid.rows, grid.cols)
+            if name in d
+            else torch.zeros(grid.rows, grid.cols, device=parameter.device)
+            for d in self._directions.values()
+        ]
+        return torch.stack([r.float() for r in rows])
+
+
+# -- what a batch looks like -------------------------------------------------------------
+
+
+def _input_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Tensor inputs, the main ones first."""
+    first = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+    named = [kwargs[k] for k in first if k in kwargs]
+    values = [*named, *args, *kwargs.values()]
+    return [v for v in values if isinstance(v, Tensor) and v.ndim >= 1]
+
+
+def _output_tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        return []
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _label_tokens(
+    labels: Any, n_examples: int, shifted: bool, ignore_index: int
+) -> list[int] | None:
+    if not isinstance(labels, Tensor) or labels.ndim < 1 or labels.shape[0] != n_examples:
+        return None
+    rows = labels.reshape(n_examples, -1)
+    if shifted:
+        rows = rows[:, 1:]
+    return [int(c) for c in (rows != ignore_index).sum(1).tolist()]
+
+
+def _factors(batch: Batch, reduction: Reduction) -> tuple[list[float], list[float]]:
+    """What turns a contribution into the gradient of the example's own mean and summed loss."""
+    n, tokens = batch.n_examples, batch.label_tokens
+    nan = [float("nan")] * n
+    if reduction == "row_mean":
+        return [float(n)] * n, [float(n * t) for t in tokens] if tokens else nan
+    if tokens is None:
+        return (nan, [1.0] * n) if reduction == "sum" else (nan, nan)
+    divisor = 1.0 if reduction == "sum" else float(batch.loss_items or sum(tokens))
+    return [divisor / t if t else float("nan") for t in tokens], [divisor] * n
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether the model's own loss shifts labels by one, read from its loss function."""
+    loss = getattr(model, "loss_function", None)
+    return getattr(loss, "__name__", "") == "ForCausalLMLoss"
+
+
+def _refuse_packed(kwargs: Mapping[str, Any], n_examples: int) -> None:
+    packed = [k for k in ("cu_seq_lens_q", "cu_seqlens", "seq_idx") if kwargs.get(k) is not None]
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] > 1:
+        step = positions[:, 1:] - positions[:, :-1]
+        # Left padding repeats a position; only a fall back to zero starts a new sequence.
+        if bool(((step < 0) & (positions[:, 1:] == 0)).any()):
+            packed.append("position_ids")
+    if packed:
+        raise ProbeError(
+            f"packed rows ({', '.join(packed)}): several examples share a row, and this version "
+            "tells examples apart by rows only. Remedy: probe with one example per row (padded)"
+        )
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ProbeError(
+                f"{name or 'the model'} is compiled with torch.compile, which would bypass the "
+                "taps. Remedy: probe the model before compiling it"
+            )
+
+
+# -- arguments ---------------------------------------------------------------------------
+
+
+def _matches(name: str, patterns: Sequence[str] | None) -> bool:
+    return patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _check_patterns(
+    patterns: Sequence[str] | None, names: Mapping[str, object], argument: str
+) -> None:
+    for pattern in patterns or ():
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            raise ProbeError(f"{argument}: the pattern {pattern!r} matches no parameter; names look "
+                             f"like {', '.join(list(names)[:3])}")
+
+
+def _named_directions(
+    targets: Direction | Mapping[str, Direction] | None,
+    everything: Mapping[str, nn.Parameter],
+    probed: Sequence[str],
+) -> dict[str, Direction]:
+    if not targets:
+        return {}
+    flat = all(isinstance(v, Tensor) for v in targets.values())
+    named: dict[str, Direction] = {"target": targets} if flat else dict(targets)  # type: ignore[dict-item]
+    for label, direction in named.items():
+        for name, tensor in direction.items():
+            if name not in everything:
+                raise ProbeError(f"direction {label!r} names {name!r}, which the model lacks")
+            if tensor.shape != everything[name].shape:
+                raise ProbeError(f"direction {label!r}: {name} has shape {tuple(tensor.shape)}, the "
+                                 f"parameter {tuple(everything[name].shape)}")
+        if not set(direction) & set(probed):
+            raise ProbeError(f"direction {label!r} touches no probed parameter")
+    return named
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

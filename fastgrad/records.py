@@ -1,0 +1,295 @@
+"""What one forward and backward pass says about each parameter, gathered by the taps.
+
+A parameter may be used several times in one forward pass (tied embeddings, a module called
+twice). Its gradient for example j is the sum over uses, so the squared norm needs the cross
+terms ``2⟨use_a, use_b⟩``. They are computed from the factors, never from a dense per-example
+gradient; with block detail, one example's gradient at a time is formed in one scratch buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad.blocks import BlockGrid
+from fastgrad.taps import Rows
+from fastgrad_kernels import ops
+from fastgrad_kernels.cpu import gram_products
+from fastgrad_kernels.layout import block_sums
+
+SAMPLE = 256  # entries compared by the self-check
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the probe wants to know about one parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    grid: BlockGrid
+    directions: Tensor | None  # [k, rows, cols], or None
+    refuse: Callable[[str, str], None]
+    self_check: bool
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class ParamRecord:
+    """One parameter in one batch: squared norms per block and example, summed over its uses."""
+
+    def __init__(self, target: Target, batch: Batch) -> None:
+        self.target, self.batch = target, batch
+        self.expected = 0  # uses seen in the forward pass
+        self.fired = 0  # uses whose gradient has arrived
+        self.sq: Tensor | None = None  # [n_blocks, n_examples], without cross terms
+        self.dots: Tensor | None = None  # [k, n_examples]
+        self.dense: Tensor | None = None  # [n_examples, *shape]
+        self.products: list[tuple[Tensor, Tensor, Rows]] = []
+        self.gathered: list[tuple[list[Tensor], Tensor]] = []
+        self.lookups: list[tuple[Tensor, Tensor, Rows]] = []
+        self._expected_ids: list[Tensor] = []
+        self._factored = 0
+        self._sample: Tensor | None = None
+        self._sample_sum: Tensor | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.target.parameter
+
+    def refuse(self, reason: str) -> None:
+        """A use of the parameter that no tap covers: its ``T`` will be reported as missing."""
+        self.target.refuse(self.target.name, reason)
+
+    def expect_use(self, ids: Tensor | None = None) -> None:
+        self.expected += 1
+        if ids is not None:
+            self._expected_ids.append(ids.reshape(ids.shape[0], -1))
+
+    # -- gradients arriving from the taps ------------------------------------------------
+
+    def add_product(self, left: Tensor, right: Tensor, rows: Rows) -> Tensor:
+        """A use whose gradient is ``leftᵀ right``; returns that gradient in wide precision."""
+        self._arrived()
+        self._factored += 1
+        grid, directions = self.target.grid, self.target.directions
+        if self.expected > 1 and not grid.is_whole:
+            grad = _wide(left).T @ _wide(right)
+            self.products.append((left, right, rows))
+        else:
+            grad, sq, dots = ops.cross_influence(
+                left, right, rows.offsets, grid.block_rows, grid.block_cols, directions, True
+            )
+            self._add(sq, dots)
+            if self.expected > 1:
+                self._keep_factors(left, right, rows)
+        self._check_in(lambda index: grad.reshape(-1)[index])
+        return grad
+
+    def add_lookup(self, ids: Tensor, grad_out: Tensor, rows: Rows) -> None:
+        """A use as embedding: ``grad_out [tokens, cols]`` arrives at the rows ``ids``."""
+        self._arrived()
+        self._factored += 1
+        grid = self.target.grid
+        if self.expected == 1 or grid.is_whole:
+            sq, dots = ops.embedding_influence(
+                ids, grad_out, rows.offsets, grid.rows, grid.block_rows, grid.block_cols,
+                self.target.directions,
+            )  # fmt: skip
+            self._add(sq, dots)
+        if self.expected > 1:
+            self.lookups.append((ids, grad_out, rows))
+
+        def sampled(index: Tensor) -> Tensor:
+            row, col = index // grid.cols, index % grid.cols
+            hit = (ids.unsqueeze(0) == row.unsqueeze(1)).to(_wide(grad_out).dtype)
+            return (hit * _wide(grad_out)[:, col].T).sum(1)
+
+        self._check_in(sampled)
+
+    def add_dense(self, per_example: Tensor) -> None:
+        """A use whose per-example gradient ``[n_examples, *shape]`` is small enough to keep."""
+        self._arrived()
+        per_example = _wide(per_example)
+        self.dense = per_example if self.dense is None else self.dense + per_example
+        self._check_in(lambda index: per_example.sum(0).reshape(-1)[index])
+
+    def _arrived(self) -> None:
+        self.fired += 1
+        self.batch.on_arrival()
+
+    def _add(self, sq: Tensor, dots: Tensor) -> None:
+        self.sq = sq if self.sq is None else self.sq + sq
+        self.dots = dots if self.dots is None else self.dots + dots
+
+    def _keep_factors(self, left: Tensor, right: Tensor, rows: Rows) -> None:
+        """Keep what the cross terms need. Against a lookup that is only the columns of ``left``
+        that the looked-up ids name: ``[tokens, tokens]`` instead of ``[tokens, vocabulary]``."""
+        if self.expected > 1 + len(self._expected_ids):
+            self.products.append((left, right, rows))
+            return
+        split = left.unflatten(0, (rows.n_examples, rows.per_example))
+        pairs = [
+            split.gather(2, ids.unsqueeze(1).expand(-1, rows.per_example, -1))
+            for ids in self._expected_ids
+        ]
+        self.gathered.append((pairs, right.unflatten(0, (rows.n_examples, rows.per_example))))
+
+    # -- the end of the backward pass ----------------------------------------------------
+
+    def finish(self) -> tuple[Tensor, Tensor] | None:
+        """``(sq [n_blocks, n_examples], dots [k, n_examples])``, or None if it is not covered."""
+        if self.dense is not None and self._factored:
+            self.refuse("used both as a matrix and elementwise in one forward pass")
+            return None
+        if self.dense is not None:
+            return self._finish_dense(self.dense)
+        if self.fired > 1 and not self.target.grid.is_whole:
+            return self._finish_blocks()
+        if self.sq is None or self.dots is None:
+            return self._finish_blocks() if self.fired else None
+        sq = self.sq
+        if self.fired > 1:
+            sq = (sq + 2 * self._cross_terms().unsqueeze(0)).clamp_min_(0)
+        return sq, self.dots
+
+    def _finish_dense(self, dense: Tensor) -> tuple[Tensor, Tensor]:
+        grid, n = self.target.grid, dense.shape[0]
+        matrix = dense.reshape(n, grid.rows, grid.cols)
+        sq = block_sums(matrix.square(), grid.block_rows, grid.block_cols).T.contiguous()
+        if self.target.directions is None:
+            return sq, sq.new_zeros(0, n)
+        directions = self.target.directions.to(dense.dtype).flatten(1)
+        return sq, directions @ dense.reshape(n, -1).T
+
+    def _cross_terms(self) -> Tensor:
+        """``Σ_{a<b} ⟨use_a, use_b⟩`` for each example, ``[n_examples]`` (docs/maths.md)."""
+        total = torch.zeros(self.batch.n_examples, device=self.parameter.device)
+        products = [(_split(p, r), _split(q, r)) for p, q, r in self.products]
+        lookups = [(i.view(r.n_examples, -1), _split(g, r)) for i, g, r in self.lookups]
+        for (l1, r1), (l2, r2) in combinations(products, 2):
+            total = total + gram_products(l1, r1, l2, r2)
+        for (i1, g1), (i2, g2) in combinations(lookups, 2):
+            same = i1.unsqueeze(2) == i2.unsqueeze(1)
+            total = total + (same * torch.bmm(g1, g2.transpose(1, 2))).sum((1, 2))
+        pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        for ids, g in lookups:
+            for left, right in products:
+                index = ids.unsqueeze(1).expand(-1, left.shape[1], -1)
+                pairs.append((left.gather(2, index), right, g))
+            for kept, right in self.gathered:
+                # lookups fire in any order: find this lookup's columns by its ids
+                for expected, columns in zip(self._expected_ids, kept, strict=True):
+                    if expected.data_ptr() == ids.data_ptr() or torch.equal(expected, ids):
+                        pairs.append((_wide(columns), _wide(right), g))
+                        break
+        for columns, right, g in pairs:
+            total = total + (columns * torch.bmm(right, g.transpose(1, 2))).sum((1, 2))
+        return total
+
+    def _finish_blocks(self) -> tuple[Tensor, Tensor]:
+        """All uses together with block detail: one example's gradient at a time."""
+        grid, n = self.target.grid, self.batch.n_examples
+        device = self.parameter.device
+        scratch = torch.zeros(grid.rows, grid.cols, device=device)
+        sq = torch.zeros(grid.n_blocks, n, device=device)
+        directions = self.target.directions
+        dots = torch.zeros(0 if directions is None else directions.shape[0], n, device=device)
+        for j in range(n):
+            scratch.zero_()
+            for left, right, rows in self.products:
+                part = slice(j * rows.per_example, (j + 1) * rows.per_example)
+                scratch.addmm_(left[part].float().T, right[part].float())
+            for ids, g, rows in self.lookups:
+                part = slice(j * rows.per_example, (j + 1) * rows.per_example)
+                scratch.index_add_(0, ids[part], g[part].float())
+            sq[:, j] = block_sums(scratch.square(), grid.block_rows, grid.block_cols)
+            if directions is not None:
+                dots[:, j] = (directions.float() * scratch).sum((1, 2))
+        return sq, dots
+
+    # -- self-check ----------------------------------------------------------------------
+
+    def sample(self) -> Tensor:
+        """Fixed pseudo-random entries of the gradient, half of them in rows known to be used."""
+        if self._sample is None:
+            grid, device = self.target.grid, self.parameter.device
+            generator = torch.Generator().manual_seed(grid.numel)
+            count = min(SAMPLE, max(grid.numel, 1))
+            index = torch.randint(max(grid.numel, 1), (count,), generator=generator)
+            if self._expected_ids:
+                ids = torch.cat([i.reshape(-1) for i in self._expected_ids]).cpu()
+                rows = ids[torch.randint(ids.numel(), (count // 2,), generator=generator)]
+                index[: count // 2] = rows * grid.cols + index[: count // 2] % grid.cols
+            self._sample = index.to(device)
+        return self._sample
+
+    def _check_in(self, entries: Callable[[Tensor], Tensor]) -> None:
+        if not self.target.self_check:
+            return
+        part = entries(self.sample())
+        self._sample_sum = part if self._sample_sum is None else self._sample_sum + part
+
+    def mismatch(self, entries: Tensor, norm: Tensor) -> float | None:
+        """Relative difference between what taps summed up and autograd's gradient, if too large.
+
+        ``entries`` are the gradient's values at :meth:`sample`, ``norm`` its Frobenius norm.
+        """
+        summed = self._sample_sum if self._sample_sum is not None else torch.zeros_like(entries)
+        tolerance = 1e-3 if entries.dtype in (torch.float32, torch.float64) else 5e-2
+        rms = float(norm) / max(self.target.grid.numel, 1) ** 0.5
+        scale = max(float(_wide(entries).norm()), rms * len(entries) ** 0.5)
+        error = float((summed - _wide(entries)).norm())
+        return error / scale if scale > 0 and error > tolerance * scale else None
+
+
+def _split(matrix: Tensor, rows: Rows) -> Tensor:
+    return _wide(matrix).unflatten(0, (rows.n_examples, rows.per_example))
+
+
+@dataclass
+class Batch:
+    """One forward pass of the probed model and what its backward pass brought."""
+
+    n_examples: int
+    label_tokens: list[int] | None
+    loss_items: float | None  # what a token-mean loss divides by, if the caller gave it
+    targets: Mapping[int, Target]
+    on_arrival: Callable[[], None]
+    closed: bool = False
+    records: dict[str, ParamRecord] = field(default_factory=dict)
+
+    def lookup(self, tensor: Tensor) -> ParamRecord | None:
+        target = self.targets.get(id(tensor))
+        if target is None:
+            return None
+        record = self.records.get(target.name)
+        if record is None:
+            record = self.records[target.name] = ParamRecord(target, self)
+        return record
+
+    @property
+    def fired(self) -> bool:
+        return any(record.fired for record in self.records.values())
+
+    def mismatches(self, arrived: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Self-check: parameters whose summed taps differ from autograd's gradient, and how much.
+
+        ``arrived`` maps names to (squared norms of the gradient, its entries at the sample).
+        """
+        found = {}
+        for name, record in self.records.items():
+            if record.target.self_check and record.fired and name in arrived:
+                sq, entries = arrived[name]
+                error = record.mismatch(entries, sq.sum().sqrt())
+                if error is not None:
+                    found[name] = error
+        return found
+
+
+__all__ = ["Batch", "ParamRecord", "Target"]

@@ -1,0 +1,266 @@
+"""What training a fraction of the parameters costs, and the fraction that pays best.
+
+A :class:`CostModel` says what one resource costs when the fraction k of the parameters is
+trained; :func:`k_star` maximises the share of gradient mass kept per unit of that resource.
+``docs/maths.md`` derives the formula and its clamps.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastgrad.errors import ResourceError
+
+__all__ = ["CostModel", "KStar", "k_star"]
+
+#: Arithmetic of one AdamW update per parameter, counted from the update rule: first moment 3
+#: (two products, one sum), second moment 4, denominator 3 (root, scale, add), decay 1, step 3.
+ADAMW_FLOPS_PER_PARAM = 14.0
+
+#: A k* that keeps less than this share of the gradient mass is called over-aggressive.  k*
+#: maximises mass *per resource*, which can be best at a fraction too small to learn from; at less
+#: than one half, most of what the gradient asks for is thrown away.
+OVER_AGGRESSIVE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Linear cost of training a fraction k of the parameters: ``fixed + per_param * k``.
+
+    Attributes:
+        resource: what is paid with, for instance ``"memory"``.
+        unit: unit of ``fixed`` and ``per_param``, for instance ``"bytes"``.
+        fixed: cost at k = 0, paid whatever is selected.
+        per_param: cost of k going from 0 to 1, that is, of selecting *all* parameters; for a
+            single parameter divide by ``n_params``.
+        n_params: parameters of the model.
+
+    Raises:
+        ResourceError: a cost is negative or not finite, both are zero, or ``n_params < 1``.
+    """
+
+    resource: str
+    unit: str
+    fixed: float
+    per_param: float
+    n_params: int
+
+    def __post_init__(self) -> None:
+        _require_count("n_params", self.n_params)
+        _require_amount("fixed", self.fixed)
+        _require_amount("per_param", self.per_param)
+        if self.fixed == 0.0 and self.per_param == 0.0:
+            raise ResourceError(f"{self.resource}: a resource that costs nothing has no k*")
+        # NumPy scalars are welcome, but JSON wants plain numbers.
+        object.__setattr__(self, "n_params", int(self.n_params))
+        object.__setattr__(self, "fixed", float(self.fixed))
+        object.__setattr__(self, "per_param", float(self.per_param))
+
+    def cost(self, k: float) -> float:
+        """Cost in ``unit`` of training the fraction ``k``.
+
+        Raises:
+            ResourceError: ``k`` is outside [0, 1].
+        """
+        if not 0.0 <= k <= 1.0:
+            raise ResourceError(f"k must lie in [0, 1], a fraction of the parameters; got {k}")
+        return self.fixed + self.per_param * k
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def memory(
+        cls,
+        n_params: int,
+        weight_bytes: float = 2.0,
+        grad_bytes: float = 4.0,
+        moment_bytes: float = 8.0,
+        master_bytes: float = 4.0,
+        activation_bytes: float = 0.0,
+    ) -> CostModel:
+        """Peak bytes of a training step.
+
+        ``fixed = n_params * weight_bytes + activation_bytes`` and
+        ``per_param = n_params * (grad_bytes + moment_bytes + master_bytes)``.
+
+        The defaults describe bf16 weights with packed fp32 masters under AdamW: a gradient has
+        the dtype of the packed parameter it belongs to, hence 4 bytes.
+
+        Args:
+            n_params: parameters of the model.
+            weight_bytes: bytes per weight as stored in the model.
+            grad_bytes: bytes of gradient per *selected* parameter.
+            moment_bytes: bytes of optimizer moments per selected parameter, all moments together.
+            master_bytes: bytes of master copy per selected parameter; 0 without one.
+            activation_bytes: bytes of activations of the whole batch.  The part that shrinks when
+                layers are frozen is not modelled, so give the value of full training.
+
+        Raises:
+            ResourceError: a number is negative or not finite, or ``n_params < 1``.
+        """
+        _require_count("n_params", n_params)
+        for name, value in (
+            ("weight_bytes", weight_bytes),
+            ("grad_bytes", grad_bytes),
+            ("moment_bytes", moment_bytes),
+            ("master_bytes", master_bytes),
+            ("activation_bytes", activation_bytes),
+        ):
+            _require_amount(name, value)
+        return cls(
+            resource="memory",
+            unit="bytes",
+            fixed=n_params * weight_bytes + activation_bytes,
+            per_param=n_params * (grad_bytes + moment_bytes + master_bytes),
+            n_params=n_params,
+        )
+
+    @classmethod
+    def flops(
+        cls,
+        n_params: int,
+        tokens: int,
+        optimizer_flops: float = ADAMW_FLOPS_PER_PARAM,
+    ) -> CostModel:
+        """Floating-point operations of one step of a dense transformer.
+
+        Per token: ``2 n_params`` forward, ``2 n_params`` for the gradients of the activations,
+        and ``2 n_params * k`` for the gradients of the selected weights; per step
+        ``optimizer_flops`` for each selected parameter.
+
+        Left out: attention scores (which grow with the context, and are fixed), recomputation
+        under activation checkpointing (likewise fixed), and the saving when everything selected
+        lies near the output so that the backward pass can stop early.  An embedding counts as if
+        it were multiplied.
+
+        Args:
+            n_params: parameters of the model.
+            tokens: tokens per optimizer step, over all devices and accumulated batches.
+            optimizer_flops: operations per selected parameter and step.
+
+        Raises:
+            ResourceError: a number is negative or not finite, or a count is below 1.
+        """
+        _require_count("n_params", n_params)
+        _require_count("tokens", tokens)
+        _require_amount("optimizer_flops", optimizer_flops)
+        return cls(
+            resource="flops",
+            unit="FLOP",
+            fixed=4.0 * n_params * tokens,
+            per_param=2.0 * n_params * tokens + optimizer_flops * n_params,
+            n_params=n_params,
+        )
+
+
+@dataclass(frozen=True)
+class KStar:
+    """The fraction that maximises ``k**gamma / (fixed + per_param * k)``.
+
+    Attributes:
+        resource: name of the resource.
+        value: the fraction k*, in [1/n_params, 1].
+        clamped: whether the interior optimum lay outside that range, or did not exist.
+        reason: in words, how ``value`` came about.
+        gamma: exponent of the share of mass, S(k) = k**gamma.
+        fixed: cost at k = 0, in the cost model's unit.
+        per_param: cost of k going from 0 to 1, in the same unit.
+        kept_share: share of gradient mass kept at k*, ``value**gamma``.
+        over_aggressive: whether ``kept_share`` is below ``OVER_AGGRESSIVE_SHARE``.
+    """
+
+    resource: str
+    value: float
+    clamped: bool
+    reason: str
+    gamma: float
+    fixed: float
+    per_param: float
+    kept_share: float
+    over_aggressive: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return asdict(self)
+
+
+def k_star(gamma: float, cost: CostModel) -> KStar:
+    """Fraction of parameters with the most gradient mass kept per unit of one resource.
+
+    Interior optimum ``gamma * fixed / (per_param * (1 - gamma))``; it lies below 1 only if
+    ``fixed / per_param < (1 - gamma) / gamma``.  Otherwise mass grows faster than cost all the
+    way, and full training is the answer.
+
+    Args:
+        gamma: exponent of the share of mass, positive; 1 and above mean that no fraction is
+            denser than the rest.
+        cost: the resource.
+
+    Raises:
+        ResourceError: ``gamma`` is not a positive number; or nothing is paid at k = 0 while
+            ``gamma < 1``, where the quotient grows without bound as k goes to 0.  That is an
+            error and not a tiny k*, because a real step always pays something for the parameters
+            that it does not train: the model lacks a term, and "train one parameter" would be
+            an answer to a question nobody asked.
+    """
+    if not (math.isfinite(gamma) and gamma > 0.0):
+        raise ResourceError(f"gamma must be a positive number; got {gamma}")
+    fixed, per_param = cost.fixed, cost.per_param
+    floor = 1.0 / cost.n_params
+    clamped = True
+    if gamma >= 1.0:
+        value = 1.0
+        reason = f"gamma {gamma:.3g} >= 1: the gradient is not concentrated, so train everything"
+    elif per_param == 0.0:
+        value = 1.0
+        reason = f"{cost.resource} does not grow with k, so train everything"
+    elif fixed == 0.0:
+        raise ResourceError(
+            f"{cost.resource}: fixed cost is 0, so mass per {cost.unit} grows without bound as k "
+            "goes to 0 and there is no k*. Remedy: put what is paid at k = 0 (weights, "
+            "activations, the forward pass) into CostModel.fixed"
+        )
+    elif gamma * fixed >= per_param * (1.0 - gamma):
+        value = 1.0
+        reason = (
+            f"fixed/per_param = {fixed / per_param:.3g} >= (1 - gamma)/gamma = "
+            f"{(1.0 - gamma) / gamma:.3g}: the fixed cost dominates, so train everything"
+        )
+    else:
+        value = gamma * fixed / (per_param * (1.0 - gamma))
+        clamped = value < floor
+        if clamped:
+            reason = f"the optimum {value:.3g} is below one of {cost.n_params} parameters"
+            value = floor
+        else:
+            reason = (
+                f"interior optimum gamma*fixed/(per_param*(1 - gamma)), with fixed/per_param = "
+                f"{fixed / per_param:.3g} < (1 - gamma)/gamma = {(1.0 - gamma) / gamma:.3g}"
+            )
+    kept_share = value**gamma
+    return KStar(
+        resource=cost.resource,
+        value=value,
+        clamped=clamped,
+        reason=reason,
+        gamma=gamma,
+        fixed=fixed,
+        per_param=per_param,
+        kept_share=kept_share,
+        over_aggressive=kept_share < OVER_AGGRESSIVE_SHARE,
+    )
+
+
+def _require_amount(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ResourceError(f"{name} must be a finite number >= 0; got {value}")
+
+
+def _require_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ResourceError(f"{name} must be a whole number >= 1; got {value!r}")

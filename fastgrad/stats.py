@@ -1,0 +1,388 @@
+"""GradientStats: what a probe measured, as raw sums and counts, so that merging is exact."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from fastgrad.blocks import BlockGrid
+from fastgrad.errors import StatsError
+from fastgrad.files import atomic_path
+
+Array = NDArray[np.float64]
+Scale = Literal["contribution", "example_mean", "example_sum"]
+FORMAT = "fastgrad.stats/1"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Whether a parameter's influence is known.
+
+    ``status``: ``exact``; ``unused`` (no gradient ever reached it: its influence is zero);
+    ``frozen`` (does not require a gradient, was not measured); ``missing`` (a gradient came from
+    a use that no tap covers, see ``reason``; its ``T`` is NaN, its gradient norm is known).
+    """
+
+    name: str
+    status: Literal["exact", "unused", "frozen", "missing"]
+    reason: str = ""
+
+
+@dataclass
+class GradientStats:
+    """Measured gradient norms and cross-influence.
+
+    Attributes:
+        names: parameter names as ``model.named_parameters()`` has them, P of them.
+        shapes: their shapes.
+        spec: block granularity, see :class:`fastgrad.blocks.BlockGrid`.
+        sq: ``[P, E]`` squared norm of example e's *contribution* to the gradient of its batch
+            loss, exactly as autograd has it. NaN where coverage is missing.
+        batch: ``[E]`` number of the backward pass that example e belonged to.
+        label_tokens: ``[E]`` label tokens of each example that enter the loss; -1 if unknown.
+        mean_factor, sum_factor: ``[E]`` what turns a contribution into the gradient of the
+            example's own mean (or summed) loss; NaN if the loss reduction was not known.
+        batch_sq: ``[P, N]`` squared norm of the gradient of each of N backward passes.
+        block_sq: parameter name -> ``[n_blocks, E]`` float32, where block detail was kept.
+        block_batch_sq: name -> ``[n_blocks]`` squared norms of batch gradients, summed over
+            the N passes.
+        weight_sq: ``[P]`` squared norm of the weights when the probe began.
+        alignment_by_direction: ``[K, P, E]`` inner product of contribution and direction.
+        directions: names of the K directions.
+        coverage_list: one :class:`Coverage` per parameter of the model, probed or not.
+        meta: model hash, class, dtype, loss reduction and the like; JSON values only.
+    """
+
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    spec: str
+    sq: Array
+    batch: NDArray[np.int64]
+    label_tokens: NDArray[np.int64]
+    mean_factor: Array
+    sum_factor: Array
+    batch_sq: Array
+    weight_sq: Array
+    block_sq: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    block_batch_sq: dict[str, Array] = field(default_factory=dict)
+    directions: list[str] = field(default_factory=list)
+    alignment_by_direction: Array = field(default_factory=lambda: np.zeros((0, 0, 0)))
+    coverage_list: list[Coverage] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    # -- sizes ---------------------------------------------------------------------------
+
+    @property
+    def n_examples(self) -> int:
+        return int(self.batch.size)
+
+    @property
+    def n_batches(self) -> int:
+        return int(self.batch_sq.shape[1])
+
+    @property
+    def numel(self) -> NDArray[np.int64]:
+        """``[P]`` number of elements of each parameter."""
+        return np.array([int(np.prod(s, dtype=np.int64)) for s in self.shapes], dtype=np.int64)
+
+    @property
+    def coverage(self) -> dict[str, Coverage]:
+        """Parameter name -> coverage, for every parameter of the model."""
+        return {c.name: c for c in self.coverage_list}
+
+    def index(self, name: str) -> int:
+        """Row of a parameter.
+
+        Raises:
+            StatsError: if it was not probed.
+        """
+        try:
+            return self.names.index(name)
+        except ValueError:
+            raise StatsError(f"{name!r} was not probed; known names: {_some(self.names)}") from None
+
+    def grid(self, name: str) -> BlockGrid:
+        return BlockGrid.of(self.shapes[self.index(name)], self.spec)
+
+    # -- influence -----------------------------------------------------------------------
+
+    def influence(self, scale: Scale = "contribution") -> Array:
+        """``T [P, E]``: norm of example e's gradient with respect to parameter p.
+
+        ``contribution`` (default) is its part of the batch gradient as autograd computed it;
+        ``example_mean`` the gradient of the mean loss over the example's own label tokens;
+        ``example_sum`` of their summed loss.
+
+        Raises:
+            StatsError: if examples or the loss reduction needed for the scale are unknown.
+        """
+        if self.n_examples == 0:
+            raise StatsError("no example was recorded: probe with per_example=True and run at "
+                             "least one backward pass")
+        return np.sqrt(self.sq) * self._factor(scale)
+
+    @property
+    def T(self) -> Array:
+        """Cross-influence ``[P, E]`` at contribution scale, see :meth:`influence`."""
+        return self.influence()
+
+    def blocks(self, name: str, scale: Scale = "contribution") -> Array:
+        """Cross-influence of each block of one parameter, ``[n_blocks, E]``.
+
+        Raises:
+            StatsError: if the parameter was not probed or its block detail was not kept.
+        """
+        row = self.index(name)
+        if name in self.block_sq:
+            return np.sqrt(self.block_sq[name].astype(np.float64)) * self._factor(scale)
+        if self.grid(name).is_whole:
+            return self.influence(scale)[row : row + 1]
+        raise StatsError(f"no block detail was kept for {name}; probe with detail=[...] matching it")
+
+    def _factor(self, scale: Scale) -> Array:
+        if scale == "contribution":
+            return np.ones(self.n_examples)
+        if scale not in ("example_mean", "example_sum"):
+            raise StatsError(f"unknown scale {scale!r}; use contribution, example_mean, example_sum")
+        factor = self.mean_factor if scale == "example_mean" else self.sum_factor
+        if np.isnan(factor).any():
+            raise StatsError(
+                f"scale {scale!r} needs the loss reduction and the label tokens of every example. "
+                "Remedy: pass loss_reduction='token_mean', 'row_mean' or 'sum' to Probe, and "
+                "labels=... to the model"
+            )
+        return factor
+
+    @property
+    def alignment(self) -> Array:
+        """Signed influence: inner product of contribution and target direction. ``[P, E]`` for
+        one direction, ``[K, P, E]`` for several.
+
+        Raises:
+            StatsError: if the probe had no target direction.
+        """
+        if not self.directions:
+            raise StatsError("no target direction was given; pass targets=... to Probe")
+        a = self.alignment_by_direction
+        return a[0] if len(self.directions) == 1 else a
+
+    # -- norms ---------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Array:
+        """``[P]`` gradient norm of the batch loss; root mean square over backward passes.
+
+        No copy of the gradient is kept between passes, so this is not the norm of the sum of
+        several batches; :attr:`signal_sq` estimates the noise-free part.
+        """
+        self._need_batches()
+        return np.sqrt(self.batch_sq.mean(1))
+
+    def block_grad_norm(self, name: str) -> Array:
+        """``[n_blocks]``: like :attr:`grad_norm`, for each block of one parameter."""
+        self._need_batches()
+        row = self.index(name)
+        if name in self.block_batch_sq:
+            return np.sqrt(self.block_batch_sq[name] / self.n_batches)
+        return self.grad_norm[row : row + 1]
+
+    @property
+    def weight_norm(self) -> Array:
+        return np.sqrt(self.weight_sq)
+
+    @property
+    def dead(self) -> list[str]:
+        """Parameters whose gradient norm is below 1e-9 of the largest: left out of log fits."""
+        norms = self.grad_norm
+        return [n for n, x in zip(self.names, norms, strict=True) if x <= 1e-9 * norms.max()]
+
+    def _need_batches(self) -> None:
+        if self.n_batches == 0:
+            raise StatsError("no backward pass was recorded: call loss.backward() inside the probe")
+
+    # -- noise ---------------------------------------------------------------------------
+
+    def _loss_weights(self) -> tuple[Array, Array]:
+        """Weights w_j of the examples in their batch's mean, and ``Σ w_j²`` per batch."""
+        weights = 1.0 / self._factor("example_mean")
+        return weights, np.bincount(self.batch, weights**2, self.n_batches)
+
+    @property
+    def signal_sq(self) -> Array:
+        """``[P]`` unbiased estimate of the squared norm of the expected gradient, ``‖μ‖²``.
+
+        From pairs of different examples: ``Σ_{j≠k}⟨c_j, c_k⟩ = ‖g‖² − Σ‖c_j‖²`` has expectation
+        ``‖μ‖²(1 − Σ w_j²)``. May be negative where noise dominates: that is what unbiased means.
+
+        Raises:
+            StatsError: without per-example norms, a known reduction, or two examples a batch.
+        """
+        _, squares = self._loss_weights()
+        pairs = float((1 - squares).sum())
+        if pairs <= 0:
+            raise StatsError("the noise-free norm needs batches of at least two examples")
+        return (self.batch_sq.sum(1) - self.sq.sum(1)) / pairs
+
+    @property
+    def noise_scale_by_parameter(self) -> Array:
+        """``[P]`` gradient noise scale ``tr Σ / ‖μ‖²`` in examples (McCandlish et al., arXiv
+        1812.06162, eq. 2.9); infinity where no signal was detected."""
+        weights, _ = self._loss_weights()
+        signal = self.signal_sq
+        trace = np.maximum(self.sq.sum(1) / float((weights**2).sum()) - signal, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(signal > 0, trace / signal, np.inf)
+
+    @property
+    def noise_scale(self) -> float:
+        """Gradient noise scale of all covered parameters together, in examples."""
+        weights, _ = self._loss_weights()
+        known = ~np.isnan(self.sq).any(1)
+        signal = float(self.signal_sq[known].sum())
+        trace = float(self.sq[known].sum() / (weights**2).sum()) - signal
+        return max(trace, 0.0) / signal if signal > 0 else float("inf")
+
+    def halves(self, seed: int = 0) -> tuple[Array, Array]:
+        """Scores ``[P]`` from two random halves of the measurement: mean squared contribution of
+        examples where known, else mean squared batch norm.
+
+        Raises:
+            StatsError: if there are fewer than two examples and fewer than two batches.
+        """
+        source = self.sq if self.n_examples >= 2 else self.batch_sq
+        if source.shape[1] < 2:
+            raise StatsError("two halves need at least two examples or two backward passes")
+        order = np.random.default_rng(seed).permutation(source.shape[1])
+        half = source.shape[1] // 2
+        return source[:, order[:half]].mean(1), source[:, order[half:]].mean(1)
+
+    def split_half_reliability(self, repeats: int = 20, seed: int = 0) -> float:
+        """Spearman correlation of parameter ranks between random halves, mean over repeats."""
+        values = []
+        for r in range(repeats):
+            a, b = self.halves(seed + r)
+            known = ~(np.isnan(a) | np.isnan(b))
+            if known.sum() < 3:
+                raise StatsError("rank reliability needs at least three covered parameters")
+            values.append(spearmanr(a[known], b[known]).statistic)
+        return float(np.mean(values))
+
+    # -- merge, save, load ---------------------------------------------------------------
+
+    def merge(self, other: GradientStats) -> GradientStats:
+        """Both measurements as one; exact, because raw sums are kept.
+
+        Raises:
+            StatsError: if the two were not made on the same parameters, blocks and weights.
+        """
+        for what, a, b in (
+            ("parameters", self.names, other.names),
+            ("shapes", self.shapes, other.shapes),
+            ("block granularity", self.spec, other.spec),
+            ("weights (hash)", self.meta.get("weights_hash"), other.meta.get("weights_hash")),
+            ("directions", self.directions, other.directions),
+            ("loss reduction", self.meta.get("loss_reduction"), other.meta.get("loss_reduction")),
+            ("block detail", sorted(self.block_sq), sorted(other.block_sq)),
+        ):
+            if a != b:
+                raise StatsError(f"cannot merge statistics of different {what}: {_some(a)} and "
+                                 f"{_some(b)}")
+        worst = {c.name: c for c in self.coverage_list}
+        for c in other.coverage_list:
+            rank = ("frozen", "unused", "exact", "missing")
+            if c.name not in worst or rank.index(c.status) > rank.index(worst[c.name].status):
+                worst[c.name] = c
+        return GradientStats(
+            names=list(self.names),
+            shapes=list(self.shapes),
+            spec=self.spec,
+            sq=np.concatenate([self.sq, other.sq], 1),
+            batch=np.concatenate([self.batch, other.batch + self.n_batches]),
+            label_tokens=np.concatenate([self.label_tokens, other.label_tokens]),
+            mean_factor=np.concatenate([self.mean_factor, other.mean_factor]),
+            sum_factor=np.concatenate([self.sum_factor, other.sum_factor]),
+            batch_sq=np.concatenate([self.batch_sq, other.batch_sq], 1),
+            weight_sq=self.weight_sq.copy(),
+            block_sq={
+                n: np.concatenate([v, other.block_sq[n]], 1) for n, v in self.block_sq.items()
+            },
+            block_batch_sq={n: v + other.block_batch_sq[n] for n, v in self.block_batch_sq.items()},
+            directions=list(self.directions),
+            alignment_by_direction=np.concatenate(
+                [self.alignment_by_direction, other.alignment_by_direction], 2
+            ),
+            coverage_list=list(worst.values()),
+            meta=dict(self.meta),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically; metadata as JSON in its header."""
+        from safetensors.numpy import save_file
+
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        arrays |= {f"block_sq/{n}": np.ascontiguousarray(v) for n, v in self.block_sq.items()}
+        arrays |= {f"block_batch_sq/{n}": v for n, v in self.block_batch_sq.items()}
+        header = {
+            "format": FORMAT,
+            "names": self.names,
+            "shapes": self.shapes,
+            "spec": self.spec,
+            "directions": self.directions,
+            "coverage": [asdict(c) for c in self.coverage_list],
+            "meta": self.meta,
+        }
+        with atomic_path(path) as temporary:
+            save_file(arrays, temporary, metadata={"fastgrad": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GradientStats:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            StatsError: if the file is missing, damaged, or of another format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), framework="np") as file:
+                header = json.loads((file.metadata() or {})["fastgrad"])
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if header["format"] != FORMAT:
+                raise StatsError(f"{path} has format {header['format']!r}, this version reads "
+                                 f"{FORMAT!r}")
+            return cls(
+                names=header["names"],
+                shapes=[tuple(s) for s in header["shapes"]],
+                spec=header["spec"],
+                directions=header["directions"],
+                coverage_list=[Coverage(**c) for c in header["coverage"]],
+                meta=header["meta"],
+                block_sq=_below(arrays, "block_sq/"),
+                block_batch_sq=_below(arrays, "block_batch_sq/"),
+                **{name: arrays[name] for name in _ARRAYS},
+            )
+        except FileNotFoundError:
+            raise StatsError(f"no statistics file at {path}") from None
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+            raise StatsError(f"{path} is damaged or not a fastgrad statistics file: {error}") from error
+
+
+_ARRAYS = ("sq", "batch", "label_tokens", "mean_factor", "sum_factor", "batch_sq", "weight_sq",
+           "alignment_by_direction")  # fmt: skip
+
+
+def _below(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _some(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 3:
+        return f"{', '.join(map(str, value[:3]))}, ... ({len(value)} in all)"
+    return str(value)

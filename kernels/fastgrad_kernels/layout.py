@@ -1,0 +1,98 @@
+"""Matrix views cut into blocks: gather, scatter and reduce without index tensors.
+
+A matrix ``[rows, cols]`` is cut by ``block_rows x block_cols``; blocks are numbered row by
+row. Edge blocks are smaller; packed tensors pad them with zeros. Interior, right edge, bottom
+edge and corner are each a regular sub-matrix, so that all work is done on strided views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def matrix_view(tensor: Tensor) -> Tensor:
+    """``[rows, cols]`` view: leading dimension by the product of all others; 1-D is one row."""
+    if tensor.ndim == 2:
+        return tensor
+    if tensor.ndim < 2:
+        return tensor.reshape(1, -1)
+    return tensor.flatten(1)
+
+
+def grid_shape(rows: int, cols: int, block_rows: int, block_cols: int) -> tuple[int, int]:
+    return -(-rows // block_rows), -(-cols // block_cols)
+
+
+def _regions(
+    rows: int, cols: int, block_rows: int, block_cols: int
+) -> Iterator[tuple[slice, slice, int, int, slice, slice]]:
+    """Regular sub-matrices: (row slice, col slice, height, width, grid rows, grid cols)."""
+    full_r, full_c = rows // block_rows, cols // block_cols
+    row_parts = [(slice(0, full_r * block_rows), block_rows, slice(0, full_r))]
+    col_parts = [(slice(0, full_c * block_cols), block_cols, slice(0, full_c))]
+    if rows % block_rows:
+        row_parts.append(
+            (slice(full_r * block_rows, rows), rows % block_rows, slice(full_r, full_r + 1))
+        )
+    if cols % block_cols:
+        col_parts.append(
+            (slice(full_c * block_cols, cols), cols % block_cols, slice(full_c, full_c + 1))
+        )
+    for rs, h, gr in row_parts:
+        for cs, w, gc in col_parts:
+            if gr.stop > gr.start and gc.stop > gc.start:
+                yield rs, cs, h, w, gr, gc
+
+
+def block_sums(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    """Sum of each block's elements: ``[..., rows, cols] -> [..., n_blocks]``."""
+    rows, cols = matrix.shape[-2:]
+    gr, gc = grid_shape(rows, cols, block_rows, block_cols)
+    if gr == gc == 1:
+        return matrix.sum((-2, -1)).unsqueeze(-1)
+    out = matrix.new_empty(*matrix.shape[:-2], gr, gc)
+    for rs, cs, h, w, grs, gcs in _regions(rows, cols, block_rows, block_cols):
+        view = matrix[..., rs, cs].unflatten(-1, (-1, w)).unflatten(-3, (-1, h))
+        out[..., grs, gcs] = view.sum((-3, -1))
+    return out.flatten(-2)
+
+
+def _groups(
+    matrix: Tensor, ids: Tensor, block_rows: int, block_cols: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:
+    """For each regular region: (view [gr, h, gc, w], i, j, where in packed, h, w)."""
+    rows, cols = matrix.shape
+    grid_cols = -(-cols // block_cols)
+    i, j = ids // grid_cols, ids % grid_cols
+    for rs, cs, h, w, grs, gcs in _regions(rows, cols, block_rows, block_cols):
+        inside = (i >= grs.start) & (i < grs.stop) & (j >= gcs.start) & (j < gcs.stop)
+        where = inside.nonzero().squeeze(1)
+        if where.numel() == 0:
+            continue
+        view = matrix[rs, cs].unflatten(1, (-1, w)).unflatten(0, (-1, h))
+        yield view, i[where] - grs.start, j[where] - gcs.start, where, h, w
+
+
+def gather_blocks(matrix: Tensor, ids: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    """Packed copy ``[n, block_rows, block_cols]`` of the blocks in ``ids`` (int64 ``[n]``)."""
+    packed = matrix.new_zeros(ids.numel(), block_rows, block_cols)
+    for view, i, j, where, h, w in _groups(matrix, ids, block_rows, block_cols):
+        packed[where, :h, :w] = view[i, :, j, :]
+    return packed
+
+
+def scatter_blocks_(
+    matrix: Tensor, ids: Tensor, packed: Tensor, block_rows: int, block_cols: int
+) -> Tensor:
+    """Write packed blocks into ``matrix`` in place, rounding to its dtype; padding is dropped."""
+    for view, i, j, where, h, w in _groups(matrix, ids, block_rows, block_cols):
+        view[i, :, j, :] = packed[where, :h, :w].to(matrix.dtype)
+    return matrix
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 stays float64, all else accumulates in float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
