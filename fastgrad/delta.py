@@ -1,0 +1,157 @@
+"""Delta checkpoints: the trained blocks alone, for exactly one base model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad.blocks import BlockGrid
+from fastgrad.errors import BlockSpecError, DeltaError
+from fastgrad.files import atomic_path
+from fastgrad.identity import model_parameters, weights_hash
+from fastgrad.partial import Partial
+from fastgrad_kernels.layout import gather_blocks, matrix_view, scatter_blocks_
+
+FORMAT = "fastgrad.delta/1"
+
+
+@dataclass
+class AppliedDelta:
+    """What :func:`load_delta` changed; :meth:`revert` takes it back bit by bit."""
+
+    model: nn.Module
+    grids: dict[str, BlockGrid]
+    ids: dict[str, Tensor | None]
+    before: dict[str, Tensor]
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Restore the weights that stood there before."""
+        own = model_parameters(self.model)
+        for name, old in self.before.items():
+            _write(own[name], self.grids[name], self.ids[name], old)
+
+
+def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
+    """Write the trained blocks as safetensors, atomically. Returns the file's size in bytes.
+
+    Raises:
+        DeltaError: if the partial model was made without the hash of its base weights.
+        PartialError: if it was removed.
+    """
+    from safetensors.torch import save_file
+
+    if partial.base_hash is None:
+        raise DeltaError("a delta must name its base weights. Remedy: make_partial(..., "
+                         "hash_base=True)")
+    partial.sync()
+    own = model_parameters(partial.model)
+    tensors: dict[str, Tensor] = {}
+    for name, ids in partial.selection.blocks.items():
+        index = None if partial.selection.is_whole(name) else torch.from_numpy(ids)
+        tensors[f"values/{name}"] = _read(own[name], partial.selection.grid(name), index)
+        if index is not None:
+            tensors[f"blocks/{name}"] = index.to(torch.int32)
+    header = {
+        "format": FORMAT,
+        "spec": partial.selection.spec,
+        "base_hash": partial.base_hash,
+        "shapes": {n: list(partial.selection.shapes[n]) for n in partial.selection.blocks},
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"fastgrad": json.dumps(header, sort_keys=True)})
+    return os.path.getsize(path)
+
+
+@torch.no_grad()
+def load_delta(
+    model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True
+) -> AppliedDelta:
+    """Write a delta's blocks into ``model``, which must hold the base weights.
+
+    Args:
+        model: the base model; changed in place.
+        path: file written by :func:`save_delta`.
+        check_base: compare the content hash of the model with the delta's.
+
+    Raises:
+        DeltaError: if the file is missing or damaged, or was made for other weights; the model
+            is unchanged then.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})["fastgrad"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if header["format"] != FORMAT:
+            raise DeltaError(f"{path} has format {header['format']!r}, this version reads {FORMAT!r}")
+        shapes = {n: tuple(s) for n, s in header["shapes"].items()}
+        grids = {n: BlockGrid.of(s, header["spec"]) for n, s in shapes.items()}
+        values = {n: tensors[f"values/{n}"] for n in shapes}
+        ids = {
+            n: tensors[f"blocks/{n}"].long() if f"blocks/{n}" in tensors else None for n in shapes
+        }
+        base_hash = header["base_hash"]
+    except FileNotFoundError:
+        raise DeltaError(f"no delta file at {path}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        if isinstance(error, DeltaError):
+            raise
+        raise DeltaError(f"{path} is damaged or not a fastgrad delta: {error}") from error
+    own = model_parameters(model)
+    for name, shape in shapes.items():
+        if name not in own or tuple(own[name].shape) != shape:
+            raise DeltaError(f"the delta changes {name} of shape {shape}, which this model lacks: "
+                             "it was made for another model")
+        if values[name].dtype != own[name].dtype:
+            raise DeltaError(f"{name} is {own[name].dtype} here, {values[name].dtype} in the delta. "
+                             "Remedy: load the base model in that dtype")
+        _check_values(path, name, grids[name], ids[name], values[name])
+    if check_base:
+        found = weights_hash(model)
+        if found != base_hash:
+            raise DeltaError(f"the delta was made for weights {base_hash[:23]}..., the model has "
+                             f"{found[:23]}... Remedy: load the base revision it was trained from")
+    applied = AppliedDelta(model, grids, ids, {})
+    for name in shapes:
+        applied.before[name] = _read(own[name], grids[name], ids[name])
+    for name in shapes:
+        _write(own[name], grids[name], ids[name], values[name])
+    return applied
+
+
+def _check_values(
+    path: object, name: str, grid: BlockGrid, ids: Tensor | None, values: Tensor
+) -> None:
+    try:
+        if ids is not None:
+            grid.check_ids(ids.numpy(), name)
+    except BlockSpecError as error:
+        raise DeltaError(f"{path} is damaged: {error}") from error
+    expected = grid.shape if ids is None else (ids.numel(), grid.block_rows, grid.block_cols)
+    if tuple(values.shape) != expected:
+        raise DeltaError(f"{path} is damaged: {name} has values of shape {tuple(values.shape)}, "
+                         f"expected {expected}")
+
+
+def _read(p: Tensor, grid: BlockGrid, ids: Tensor | None) -> Tensor:
+    p = p.detach()
+    if ids is None:
+        return p.clone()
+    return gather_blocks(matrix_view(p), ids.to(p.device), grid.block_rows, grid.block_cols)
+
+
+def _write(p: Tensor, grid: BlockGrid, ids: Tensor | None, values: Tensor) -> None:
+    p = p.detach()
+    if ids is None:
+        p.copy_(values)
+        return
+    device = p.device
+    scatter_blocks_(
+        matrix_view(p), ids.to(device), values.to(device), grid.block_rows, grid.block_cols
+    )

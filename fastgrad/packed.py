@@ -1,0 +1,277 @@
+"""Packed blocks: the selected blocks of one weight as an ordinary parameter of its module.
+
+The full weight stays where it is, frozen, and every forward pass reads it as before. What is
+trained is a packed tensor ``[n_selected, block_rows, block_cols]``; its values are written
+through to the full weight after each optimizer step. Nothing else about the model changes:
+``state_dict`` shows the full weights alone.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastgrad.blocks import BlockGrid
+from fastgrad.errors import PartialError
+from fastgrad.identity import PACKED_SUFFIX
+from fastgrad_kernels import ops
+from fastgrad_kernels.layout import gather_blocks, matrix_view, scatter_blocks_
+
+
+class PackedBlocks:
+    """The selected blocks of one weight and their packed parameter.
+
+    Attributes:
+        name: the weight's parameter name.
+        full: the full weight, frozen.
+        packed: the trained parameter, ``[n, block_rows, block_cols]``, or the weight's own shape
+            if the whole weight is selected.
+        ids: int64 ``[n]`` block numbers on the weight's device.
+    """
+
+    def __init__(
+        self, name: str, full: nn.Parameter, grid: BlockGrid, ids: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.name, self.full, self.grid = name, full, grid
+        self.ids = ids.to(full.device)
+        self.packed = nn.Parameter(self.gather(full.detach()).to(dtype))
+        self.packed._fastgrad_blocks = self  # type: ignore[attr-defined]
+        self.packed._fastgrad_name = name  # type: ignore[attr-defined]
+        self._synced = self.packed._version
+
+    @property
+    def whole(self) -> bool:
+        return self.grid.is_whole or self.ids.numel() == self.grid.n_blocks
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Packed copy of the selected blocks of a tensor shaped like the full weight."""
+        if self.whole:
+            return tensor.clone()
+        grid = self.grid
+        return gather_blocks(matrix_view(tensor), self.ids, grid.block_rows, grid.block_cols)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Write the packed values through to the full weight, rounding to its dtype."""
+        grid = self.grid
+        if self.whole:
+            self.full.copy_(self.packed)
+        else:
+            full = matrix_view(self.full.detach())
+            scatter_blocks_(full, self.ids, self.packed, grid.block_rows, grid.block_cols)
+        self._synced = self.packed._version
+
+    def sync_if_stale(self) -> None:
+        """Catches in-place changes of the packed tensor that no optimizer step announced."""
+        if self.packed._version != self._synced:
+            self.sync()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the full weight's values, after they were loaded from elsewhere."""
+        self.packed.copy_(self.gather(self.full.detach()))
+        self._synced = self.packed._version
+
+
+class _Overlay(torch.autograd.Function):
+    """The full weight's values with the packed parameter's gradient: correct for any module.
+
+    The gradient of this one weight is formed densely for a moment and then cut.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, blocks: PackedBlocks) -> Tensor:  # type: ignore[override]
+        ctx.blocks, ctx.dtype = blocks, packed.dtype
+        return blocks.full.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return ctx.blocks.gather(grad).to(ctx.dtype), None
+
+
+class _SparseLinear(torch.autograd.Function):
+    """Linear layer whose backward pass computes the selected blocks of the gradient only."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        blocks: PackedBlocks,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.blocks, ctx.transposed, ctx.dtype = blocks, transposed, packed.dtype
+        if not transposed:
+            return F.linear(x, weight, bias)
+        out = x @ weight
+        return out if bias is None else out + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad_x = grad_packed = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_out @ (weight.T if ctx.transposed else weight)
+        x2, g2 = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
+        if ctx.needs_input_grad[1]:
+            left, right = (x2, g2) if ctx.transposed else (g2, x2)
+            grid: BlockGrid = ctx.blocks.grid
+            grad_packed = ops.sparse_wgrad(
+                left, right, ctx.blocks.ids, grid.block_rows, grid.block_cols
+            ).to(ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = g2.sum(0)
+        return grad_x, grad_packed, grad_bias, None, None, None
+
+
+class _SparseEmbedding(torch.autograd.Function):
+    """Embedding whose backward pass touches the selected rows only."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, packed: Tensor, ids: Tensor, weight: Tensor, blocks: PackedBlocks,
+        padding_idx: int | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(ids)
+        ctx.blocks, ctx.padding_idx, ctx.dtype = blocks, padding_idx, packed.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        grid, selected = ctx.blocks.grid, ctx.blocks.ids
+        stripes, slot = torch.unique(selected // grid.grid_cols, return_inverse=True)
+        # slot_of[i]: place of block row i among the selected block rows, or -1
+        slot_of = torch.full((grid.grid_rows,), -1, dtype=torch.int64, device=ids.device)
+        slot_of[stripes] = torch.arange(stripes.numel(), device=ids.device)
+        flat = ids.reshape(-1)
+        place = slot_of[flat // grid.block_rows]
+        keep = place >= 0
+        if ctx.padding_idx is not None:
+            keep &= flat != ctx.padding_idx
+        rows = place[keep] * grid.block_rows + flat[keep] % grid.block_rows
+        grad = grad_out.reshape(-1, grad_out.shape[-1])[keep].float()
+        dense = grad.new_zeros(stripes.numel() * grid.block_rows, grid.cols)
+        dense.index_add_(0, rows, grad)
+        packed = gather_blocks(
+            dense, slot * grid.grid_cols + selected % grid.grid_cols,
+            grid.block_rows, grid.block_cols,
+        )  # fmt: skip
+        return packed.to(ctx.dtype), None, None, None, None
+
+
+def packed_attribute(attribute: str) -> str:
+    return attribute + PACKED_SUFFIX
+
+
+class PartialModule(nn.Module):
+    """Mixed into the class of each module that owns packed blocks."""
+
+    _fastgrad_packed: dict[str, PackedBlocks]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for blocks in self._fastgrad_packed.values():
+            blocks.sync_if_stale()
+            blocks.packed._fastgrad_blocks = blocks  # type: ignore[attr-defined]  # lost by deepcopy
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        if self._fastgrad_fast is not None and len(args) == 1 and not kwargs:
+            return self._fast_forward(args[0])
+        saved = {a: self._parameters[a] for a in self._fastgrad_packed}
+        try:
+            for attribute, blocks in self._fastgrad_packed.items():
+                overlay = _Overlay.apply(blocks.packed, blocks)
+                self._parameters[attribute] = overlay
+            return super().forward(*args, **kwargs)
+        finally:
+            self._parameters.update(saved)
+
+    @property
+    def _fastgrad_fast(self) -> str | None:
+        """The kind of module whose gradient can be computed block by block, or None."""
+        blocks = self._fastgrad_packed.get("weight")
+        if blocks is None or blocks.whole or len(self._fastgrad_packed) > 1:
+            return None
+        kind = type(self).__mro__[2]  # the class that was there before
+        if kind.forward is nn.Linear.forward:
+            return "linear"
+        if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+            return "conv1d"
+        if kind.forward is nn.Embedding.forward:
+            plain = self.max_norm is None and not (self.scale_grad_by_freq or self.sparse)
+            return "embedding" if plain else None
+        return None
+
+    def _fast_forward(self, x: Tensor) -> Tensor:
+        blocks = self._fastgrad_packed["weight"]
+        full, packed = blocks.full, blocks.packed
+        if self._fastgrad_fast == "embedding":
+            return _SparseEmbedding.apply(packed, x, full, blocks, self.padding_idx)
+        bias = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, full = x.to(dtype), full.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return _SparseLinear.apply(
+                x, packed, bias, full, blocks, self._fastgrad_fast == "conv1d"
+            )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for blocks in self._fastgrad_packed.values():
+            blocks.sync_if_stale()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for attribute in self._fastgrad_packed:
+            destination.pop(prefix + packed_attribute(attribute), None)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        hidden = {}
+        for attribute in self._fastgrad_packed:
+            hidden[packed_attribute(attribute)] = self._parameters.pop(packed_attribute(attribute))
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            self._parameters.update(hidden)
+        for blocks in self._fastgrad_packed.values():
+            blocks.refresh()
+
+
+@cache
+def partial_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """``cls`` with :class:`PartialModule` in front; it keeps the name that users know."""
+    return type(cls.__name__, (PartialModule, cls), {"__module__": cls.__module__})
+
+
+def install(module: nn.Module, attribute: str, blocks: PackedBlocks) -> None:
+    """Make ``module`` train ``blocks`` in place of its parameter ``attribute``."""
+    if not isinstance(module, PartialModule):
+        if type(module).__call__ is not nn.Module.__call__:
+            raise PartialError(
+                f"{blocks.name}: its module {type(module).__name__} overrides __call__, so "
+                "its forward pass cannot be followed. Remedy: select whole parameters there, "
+                "without a master copy"
+            )
+        module.__dict__["_fastgrad_packed"] = {}
+        module.__class__ = partial_class(type(module))
+    module.register_parameter(packed_attribute(attribute), blocks.packed)
+    module.__dict__["_fastgrad_packed"][attribute] = blocks
+
+
+def uninstall(module: nn.Module) -> None:
+    """Undo :func:`install`: the module is of its old class again and owns full weights only."""
+    if isinstance(module, PartialModule):
+        for attribute in list(module._fastgrad_packed):
+            del module._parameters[packed_attribute(attribute)]
+        del module.__dict__["_fastgrad_packed"]
+        module.__class__ = type(module).__mro__[2]
