@@ -25,7 +25,7 @@ _PUBLIC = {
     "k_star": "resources",
     "load_delta": "delta",
     "make_partial": "partial",
-    "plan_memory": "resources",
+    "plan_memory": "planner",
     "save_delta": "delta",
     "select": "selection",
     "weights_hash": "identity",
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from fastgrad.optim import SparseAdamW
     from fastgrad.partial import Partial, make_partial
     from fastgrad.probe import Probe
-    from fastgrad.resources import CostModel, k_star, plan_memory
+    from fastgrad.planner import plan_memory
+    from fastgrad.resources import CostModel, k_star
     from fastgrad.selection import Selection, select
     from fastgrad.stats import Coverage, GradientStats
 

@@ -25,7 +25,7 @@ from fastgrad.records import Batch, ParamRecord, Target
 from fastgrad.stats import Coverage, GradientStats
 from fastgrad.taps import TapMode
 from fastgrad_kernels import ops
-from fastgrad_kernels.layout import matrix_view
+from fastgrad_kernels.layout import matrix_view, sum_of_squares
 
 Reduction = Literal["token_mean", "row_mean", "sum"]
 Direction = Mapping[str, Tensor]
@@ -121,7 +121,7 @@ class Probe:
             for i, n in enumerate(names)
         }
         self._weight_sq = np.array(
-            [float(torch.linalg.vector_norm(everything[n].detach().float())) ** 2 for n in names]
+            [float(sum_of_squares(everything[n])) for n in names]
         )
         self._hash = weights_hash(model) if hash_weights else None
         self._mode: TapMode | None = None
@@ -229,7 +229,7 @@ class Probe:
                              "pass (reentrant activation checkpointing of a shared weight)")
             matrix = matrix_view(grad.detach())
             if grid.is_whole:
-                sq = torch.linalg.vector_norm(matrix, dtype=_wide_dtype(grad)).square().view(1)
+                sq = sum_of_squares(matrix).view(1)
             else:
                 stats = ops.block_stats(matrix, grid.block_rows, grid.block_cols)
                 sq = torch.where(stats[3] > 0, torch.nan, stats[0])
@@ -532,7 +532,3 @@ def _named_directions(
         if not set(direction) & set(probed):
             raise ProbeError(f"direction {label!r} touches no probed parameter")
     return named
-
-
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from scipy.stats import kstest, truncnorm
+from scipy.stats import kstest, norm, truncnorm
 
 from fastgrad import heavytail as ht
 from fastgrad.errors import FastgradError, StatsError
@@ -227,8 +227,6 @@ def test_deviation_shows_a_curve_that_no_gamma_describes() -> None:
 
 def test_gamma_intervals_cover_the_truth_and_shrink() -> None:
     """Blocks of lognormal density: the population's curve is Phi(Phi^-1(k) + sigma)."""
-    from scipy.stats import norm
-
     sigma, at = 1.0, (0.05, 0.1, 0.2, 0.5)
     truth = norm.cdf(norm.ppf(at) + sigma)
     rng = np.random.default_rng(11)
@@ -242,11 +240,12 @@ def test_gamma_intervals_cover_the_truth_and_shrink() -> None:
     # a coverage of 90 %.
     assert (covered >= 46).all(), covered
 
-    widths = []
-    for n in (100, 10_000):
-        fit = ht.fit_gamma(rng.lognormal(0, sigma, n), np.ones(n))
-        widths.append(fit.gamma_interval[1] - fit.gamma_interval[0])
-    assert widths[1] < widths[0] / 5  # 1/sqrt(n) makes it a tenth
+    def width(n: int) -> float:
+        fits = [ht.fit_gamma(rng.lognormal(0, sigma, n), np.ones(n)) for _ in range(5)]
+        return float(np.mean([f.gamma_interval[1] - f.gamma_interval[0] for f in fits]))
+
+    # Sixteen times the blocks: a quarter of the width, were the curve's head not so heavy.
+    assert 2.5 < width(1600) / width(25_600) < 5.0
 
 
 def test_gamma_is_reproducible_and_serialises() -> None:
@@ -436,6 +435,25 @@ def test_truncated_normal_with_given_mean(mu: float) -> None:
         assert value > ht._truncated_normal_logpdf(y, mu, sigma * factor).sum()
 
 
+@pytest.mark.parametrize("floor", [0.0, -0.8, -3.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_inner_lognormal_is_the_best_with_its_median_in_the_data(seed: int, floor: float) -> None:
+    """Against a grid search over all (mu, sigma) with mu >= floor."""
+    rng = np.random.default_rng(seed)
+    for y in (rng.exponential(0.7, 60), np.abs(rng.normal(1.0, 0.5, 60))):
+        y[0] = 0.0
+        power = float(np.sum(-math.log(y.mean()) - y / y.mean()))
+        ratio = ht._alternatives(y, floor)[1][0]
+        best = max(
+            float(ht._truncated_normal_logpdf(y, mu, sigma).sum())
+            for mu in np.linspace(floor, 3.0, 121)
+            for sigma in np.geomspace(0.1, 10.0, 121)
+        )
+        assert power - ratio >= best - 1e-9
+        # Grid steps of 2.5 % to 4 % leave a quadratic maximum of 60 values by a few hundredths.
+        assert power - ratio <= best + 0.1
+
+
 def test_densities_integrate_to_one() -> None:
     y = np.linspace(0, 60, 600_001)
     for mu, sigma in ((3.0, 0.5), (0.0, 1.0), (-5.0, 2.0), (-400.0, 20.0)):
@@ -444,27 +462,38 @@ def test_densities_integrate_to_one() -> None:
 
 
 def test_ratios_equal_powerlaw_where_its_optimiser_converges(powerlaw: Any) -> None:
-    x = np.random.default_rng(1).lognormal(0, 0.5, 400)
-    ours, theirs = ht.fit_tail(x, n_bootstrap=1), powerlaw_fit(powerlaw, x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lognormal = theirs.distribution_compare("power_law", "lognormal")
-        exponential = theirs.distribution_compare("power_law", "exponential")
-    assert ours.lognormal_ratio < -0.05, "choose data on which the lognormal is no power law"
-    # Its simplex stops at 1e-4 in the parameters, where the likelihood is flat.
-    assert ours.lognormal_ratio == pytest.approx(lognormal[0], abs=2e-3)
-    assert ours.exponential_ratio == pytest.approx(exponential[0], abs=2e-3)
-    assert ours.exponential_p == pytest.approx(exponential[1], abs=2e-3)
+    for seed in (3, 7, 10):
+        x = np.random.default_rng(seed).lognormal(0, 0.5, 480)
+        ours, theirs = ht.fit_tail(x, n_bootstrap=1), powerlaw_fit(powerlaw, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lognormal = theirs.distribution_compare("power_law", "lognormal")
+            exponential = theirs.distribution_compare("power_law", "exponential")
+        assert ours.xmin == theirs.xmin
+        assert ours.lognormal_ratio < -0.5, "choose data on which the lognormal is no power law"
+        # Its simplex stops within 1e-4 of the best parameters; there a likelihood of 300 values
+        # is flat to 300 * 1e-8, and it can only be lower than the maximum.
+        assert ours.lognormal_ratio == pytest.approx(lognormal[0], abs=3e-6)
+        assert ours.exponential_ratio == pytest.approx(exponential[0], abs=3e-6)
+        assert ours.exponential_p == pytest.approx(exponential[1], abs=1e-5)
 
 
-def test_lognormal_p_is_uniform_under_the_power_law() -> None:
-    """The nested test keeps its size: half the ratios are 0, the rest give uniform p < 1/2."""
+def test_lognormal_p_keeps_its_size_under_the_power_law() -> None:
+    """Half of the ratios are 0, the others give p uniform in (0, 1/2)."""
     rng = np.random.default_rng(4)
-    p = np.array([ht._alternatives(rng.standard_exponential(400), 0.0)[0][1] for _ in range(1500)])
-    # The limit is approached from above 1/2: the ratio of moments is skewed.
-    assert 0.48 < (p == 1.0).mean() < 0.62
-    assert abs((p < 0.05).mean() - 0.05) < 3 * math.sqrt(0.05 * 0.95 / 1500) + 0.005
-    assert kstest(p[p < 1.0], "uniform", args=(0.0, 0.5)).pvalue > 1e-3
+    draws = 1500
+    p = {
+        n: np.array(
+            [ht._alternatives(rng.standard_exponential(n), 0.0)[0][1] for _ in range(draws)]
+        )
+        for n in (50, 4000)
+    }
+    # The limit 1/2 is approached from below: the sample's ratio of moments is skewed.
+    assert 0.3 < (p[50] == 1.0).mean() < (p[4000] == 1.0).mean() < 0.5
+    for n, slack in ((50, 0.03), (4000, 0.005)):
+        error = 3 * math.sqrt(0.05 * 0.95 / draws)
+        assert abs((p[n] < 0.05).mean() - 0.05) < error + slack, n
+    assert kstest(p[4000][p[4000] < 1.0], "uniform", args=(0.0, 0.5)).pvalue > 1e-3
 
 
 # --------------------------------------------------------------------------------------------
@@ -480,6 +509,17 @@ def test_pareto_is_supported() -> None:
     assert fit.lognormal_ratio <= 0.0
     assert fit.inner_lognormal_ratio > 0.0
     assert "passes the goodness-of-fit test" in fit.reason
+
+
+def test_values_below_the_tail_let_the_lognormal_median_move_down() -> None:
+    rng = np.random.default_rng(0)
+    values = np.append(rng.uniform(0.05, 1.0, 200), rng.pareto(1.5, 300) + 1)
+    fit = ht.fit_tail(values, n_bootstrap=1)
+    y = np.sort(np.log(values[values >= fit.xmin] / fit.xmin))
+    assert values.min() < fit.xmin / 5
+    at_minimum = ht._alternatives(y, math.log(values.min() / fit.xmin))[1]
+    assert (fit.inner_lognormal_ratio, fit.inner_lognormal_p) == pytest.approx(at_minimum, rel=1e-9)
+    assert at_minimum[0] < ht._alternatives(y, 0.0)[1][0]
 
 
 def test_deterministic_rank_curve_gives_its_exponent() -> None:
@@ -570,6 +610,22 @@ def test_fit_is_reproducible_and_silent(capfd: pytest.CaptureFixture[str]) -> No
         assert first == ht.fit_tail(values[::-1], seed=3)
         assert first.rank_interval != ht.fit_tail(values, seed=4).rank_interval
     assert capfd.readouterr() == ("", "")
+
+
+def test_goodness_of_fit_draws_below_the_tail_from_the_data() -> None:
+    """A body that looks nothing like the tail must come back in each synthetic sample."""
+    logs = np.sort(np.append(np.full(300, -5.0), np.random.default_rng(0).exponential(1.0, 100)))
+    seen: list[Array] = []
+    original = ht._scan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ht, "_scan", lambda sample: seen.append(sample) or original(sample))
+        ht._goodness_of_fit(logs, 300, 1.0, 0.05, 50, np.random.default_rng(1))
+    in_tail = np.array([np.count_nonzero(sample >= logs[300]) for sample in seen])
+    assert all(sample.size == 400 and (np.diff(sample) >= 0).all() for sample in seen)
+    assert all((sample[sample < logs[300]] == -5.0).all() for sample in seen)
+    # Binomial(400, 1/4): mean 100, standard deviation 8.7.
+    assert abs(in_tail.mean() - 100) < 4 * 8.7 / math.sqrt(50)
+    assert in_tail.std() == pytest.approx(8.7, rel=0.4)
 
 
 def test_goodness_of_fit_keeps_its_size() -> None:
@@ -727,7 +783,6 @@ def test_page_cost_of_the_three_forms() -> None:
     gemm = 2 * t * d * d
     page_says(
         f"{100 * 3 * d * d / gemm:.3f} % of the GEMM",  # fused: 3 operations per weight
-        f"{2 * t * t * 2 * d / gemm:.0f} times the GEMM",  # Gram
         f"{batch * d * d * 4 / 1e6:.0f} MB",  # materialised
         f"{2 * t * t * 4 / 1e6:.1f} MB",  # two fp32 Gram matrices of one example
         f"T < {math.sqrt(3 * d * d / (2 * 2 * d)):.0f}",  # 2T^2(in+out) < 3 in out

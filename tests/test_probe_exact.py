@@ -42,9 +42,9 @@ def test_T_equals_one_example_at_a_time(architecture, options, blocks):
     T = stats.influence("example_mean")
     share = (counts / counts.sum()).numpy()
     total = {n: sum(w * r[n] for w, r in zip(share, reference, strict=True)) for n in stats.names}
-    largest = max(float(r[n].norm()) for r in reference for n in stats.names)
+    largest = max(float(r[n].double().norm()) for r in reference for n in stats.names)
     for p, name in enumerate(stats.names):
-        expected = torch.stack([r[name].norm() for r in reference]).numpy()
+        expected = torch.stack([r[name].double().norm() for r in reference]).numpy()
         # Relative to the largest example: where a norm is zero in theory (a key's bias under
         # softmax) both sides hold rounding noise.
         scale = max(expected.max(), 1e-3 * largest)
@@ -55,7 +55,7 @@ def test_T_equals_one_example_at_a_time(architecture, options, blocks):
             sums = block_sums(matrix_view(r[name]).square(), grid.block_rows, grid.block_cols)
             got = stats.blocks(name, "example_mean")[:, j]
             assert abs(got - sums.sqrt().numpy()).max() <= 1e-4 * scale, name
-        assert abs(stats.grad_norm[p] - float(total[name].norm())) <= 1e-4 * scale, name
+        assert abs(stats.grad_norm[p] - float(total[name].double().norm())) <= 1e-4 * scale, name
         grads = dict(model.named_parameters())[name].grad
         if grads is not None:
             torch.testing.assert_close(grads, total[name].float(), rtol=1e-3, atol=1e-4 * scale)

@@ -22,6 +22,7 @@ from fastgrad_kernels.layout import (
     block_sums,
     gather_blocks,
     grid_shape,
+    sum_of_squares,
 )
 
 # A scratch tile of at most 1024 x 1024 float32 (4 MiB): measured best of 256..2048 on two
@@ -237,13 +238,11 @@ def block_stats(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
     if x.numel() == 0:
         return x.new_zeros(4, n_blocks)
     if n_blocks == 1:
-        flat = x.reshape(-1)
-        square = torch.dot(flat, flat)
+        square = sum_of_squares(x)
         if torch.isfinite(square):
-            absolute = flat.abs()
-            return torch.stack(
-                [square, absolute.sum(), absolute.max(), square.new_zeros(())]
-            ).view(4, 1)
+            absolute = x.abs()
+            values = [square.to(x.dtype), absolute.sum(), absolute.max(), x.new_zeros(())]
+            return torch.stack(values).view(4, 1)
     finite = torch.isfinite(x)
     absolute = torch.where(finite, x, 0).abs()
     bad = block_sums((~finite).to(x.dtype), block_rows, block_cols)
