@@ -15,6 +15,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,20 @@ def build(width: int, layers: int, tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=width, intermediate_size=int(width * 8 / 3) // 16 * 16,
-            num_hidden_layers=layers, num_attention_heads=width // 64,
-            num_key_value_heads=width // 64, max_position_embeddings=4096,
-            tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=VOCAB,
+            hidden_size=width,
+            intermediate_size=int(width * 8 / 3) // 16 * 16,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 64,
+            max_position_embeddings=4096,
+            tie_word_embeddings=tied,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
             use_cache=False,
         )
-    )  # fmt: skip
+    )
 
 
 def check_T(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
@@ -61,10 +69,11 @@ def check_T(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
         model(input_ids=ids[j : j + 1], labels=ids[j : j + 1]).loss.backward()
         own = dict(model.named_parameters())
         expected = np.array([float(own[n].grad.double().norm()) for n in stats.names])
-        worst = max(worst, float((abs(T[:, j] - expected) / np.maximum(expected, 1e-3 * expected.max())).max()))
+        error = abs(T[:, j] - expected) / np.maximum(expected, 1e-3 * expected.max())
+        worst = max(worst, float(error.max()))
     model.zero_grad()
     if worst > 1e-4:
-        raise SystemExit(f"T is off by {worst:.1e} relative: no timing is reported on wrong numbers")
+        raise SystemExit(f"T is off by {worst:.1e} relative: no timing on wrong numbers")
     return worst
 
 
@@ -77,9 +86,13 @@ def opacus_step(model: LlamaForCausalLM, ids: torch.Tensor) -> Callable[[], obje
 
     def make() -> Callable[[], object]:
         wrapped = GradSampleModuleFastGradientClipping(
-            model, batch_first=True, loss_reduction="mean", max_grad_norm=1.0,
-            use_ghost_clipping=True, strict=False,
-        )  # fmt: skip
+            model,
+            batch_first=True,
+            loss_reduction="mean",
+            max_grad_norm=1.0,
+            use_ghost_clipping=True,
+            strict=False,
+        )
 
         def step() -> object:
             model.zero_grad()
@@ -140,14 +153,24 @@ def main() -> None:
             contenders["Opacus ghost norms"] = opacus
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task(f"{n} x {tokens} tokens", total=args.rounds + 2)
-            result = interleaved(contenders, args.rounds, progress=lambda: bar.advance(task))
+            result = interleaved(contenders, args.rounds, progress=partial(bar.advance, task))
         table = Table(title=f"{args.layers} layers of width {args.width}, {n} x {tokens} tokens")
         for column in ("step", "ms (median)", "ratio to plain", "quartiles"):
             table.add_column(column, justify="left" if column == "step" else "right")
         for name, t in result.items():
-            table.add_row(name, f"{t.seconds * 1e3:.1f}", f"{t.ratio:.3f}", f"{t.low:.3f}–{t.high:.3f}")
-            rows.append({"tokens": tokens, "examples": n, "step": name, "ratio": t.ratio,
-                         "low": t.low, "high": t.high, "seconds": t.seconds})  # fmt: skip
+            figures = (f"{t.seconds * 1e3:.1f}", f"{t.ratio:.3f}", f"{t.low:.3f}–{t.high:.3f}")
+            table.add_row(name, *figures)
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "examples": n,
+                    "step": name,
+                    "ratio": t.ratio,
+                    "low": t.low,
+                    "high": t.high,
+                    "seconds": t.seconds,
+                }
+            )
         if not callable(opacus):
             table.add_row("Opacus ghost norms", "–", "–", str(opacus))
         console.print(table)

@@ -35,19 +35,35 @@ _MODULES = ("errors", "heavytail", "integrations", "plots")
 __all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
 
 if TYPE_CHECKING:
-    from fastgrad import errors, heavytail, integrations, plots
-    from fastgrad.blocks import BlockGrid
-    from fastgrad.blueprint import Blueprint
-    from fastgrad.delta import load_delta, save_delta
-    from fastgrad.identity import weights_hash
-    from fastgrad.meter import Meter
-    from fastgrad.optim import SparseAdamW
-    from fastgrad.partial import Partial, make_partial
-    from fastgrad.probe import Probe
-    from fastgrad.planner import plan_memory
-    from fastgrad.resources import CostModel, k_star
-    from fastgrad.selection import Selection, select
-    from fastgrad.stats import Coverage, GradientStats
+    from fastgrad import (
+        errors as errors,
+    )
+    from fastgrad import (
+        heavytail as heavytail,
+    )
+    from fastgrad import (
+        integrations as integrations,
+    )
+    from fastgrad import (
+        plots as plots,
+    )
+    from fastgrad.blocks import BlockGrid as BlockGrid
+    from fastgrad.blueprint import Blueprint as Blueprint
+    from fastgrad.delta import load_delta as load_delta
+    from fastgrad.delta import save_delta as save_delta
+    from fastgrad.identity import weights_hash as weights_hash
+    from fastgrad.meter import Meter as Meter
+    from fastgrad.optim import SparseAdamW as SparseAdamW
+    from fastgrad.partial import Partial as Partial
+    from fastgrad.partial import make_partial as make_partial
+    from fastgrad.planner import plan_memory as plan_memory
+    from fastgrad.probe import Probe as Probe
+    from fastgrad.resources import CostModel as CostModel
+    from fastgrad.resources import k_star as k_star
+    from fastgrad.selection import Selection as Selection
+    from fastgrad.selection import select as select
+    from fastgrad.stats import Coverage as Coverage
+    from fastgrad.stats import GradientStats as GradientStats
 
 
 def __getattr__(name: str) -> Any:

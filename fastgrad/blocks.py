@@ -80,8 +80,9 @@ class BlockGrid:
             elif spec == "column":
                 block_cols = 1
             elif match := _TILE.match(spec):
-                block_rows, block_cols = (min(int(g), n) for g, n in
-                                          zip(match.groups(), (rows, cols), strict=True))
+                block_rows, block_cols = (
+                    min(int(g), n) for g, n in zip(match.groups(), (rows, cols), strict=True)
+                )
         return cls(shape, spec, rows, cols, max(block_rows, 1), max(block_cols, 1))
 
     @property
@@ -115,12 +116,14 @@ class BlockGrid:
 
     def sizes(self) -> NDArray[np.int64]:
         """Number of parameters in each block, int64 ``[n_blocks]``; they sum to ``numel``."""
-        heights = np.minimum(
-            np.arange(1, self.grid_rows + 1) * self.block_rows, self.rows
-        ) - np.arange(self.grid_rows) * self.block_rows
-        widths = np.minimum(
-            np.arange(1, self.grid_cols + 1) * self.block_cols, self.cols
-        ) - np.arange(self.grid_cols) * self.block_cols
+        heights = (
+            np.minimum(np.arange(1, self.grid_rows + 1) * self.block_rows, self.rows)
+            - np.arange(self.grid_rows) * self.block_rows
+        )
+        widths = (
+            np.minimum(np.arange(1, self.grid_cols + 1) * self.block_cols, self.cols)
+            - np.arange(self.grid_cols) * self.block_cols
+        )
         return np.multiply.outer(heights, widths).reshape(-1).astype(np.int64)
 
     def check_ids(self, ids: Sequence[int] | NDArray[np.int64], name: str) -> NDArray[np.int64]:

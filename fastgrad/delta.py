@@ -46,8 +46,9 @@ def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
     from safetensors.torch import save_file
 
     if partial.base_hash is None:
-        raise DeltaError("a delta must name its base weights. Remedy: make_partial(..., "
-                         "hash_base=True)")
+        raise DeltaError(
+            "a delta must name its base weights. Remedy: make_partial(..., hash_base=True)"
+        )
     partial.sync()
     own = model_parameters(partial.model)
     tensors: dict[str, Tensor] = {}
@@ -89,7 +90,7 @@ def load_delta(
             header = json.loads((file.metadata() or {})["fastgrad"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if header["format"] != FORMAT:
-            raise DeltaError(f"{path} has format {header['format']!r}, this version reads {FORMAT!r}")
+            raise DeltaError(f"{path} has format {header['format']!r}, expected {FORMAT!r}")
         shapes = {n: tuple(s) for n, s in header["shapes"].items()}
         grids = {n: BlockGrid.of(s, header["spec"]) for n, s in shapes.items()}
         values = {n: tensors[f"values/{n}"] for n in shapes}
@@ -106,17 +107,23 @@ def load_delta(
     own = model_parameters(model)
     for name, shape in shapes.items():
         if name not in own or tuple(own[name].shape) != shape:
-            raise DeltaError(f"the delta changes {name} of shape {shape}, which this model lacks: "
-                             "it was made for another model")
+            raise DeltaError(
+                f"the delta changes {name} of shape {shape}, which this model lacks: "
+                "it was made for another model"
+            )
         if values[name].dtype != own[name].dtype:
-            raise DeltaError(f"{name} is {own[name].dtype} here, {values[name].dtype} in the delta. "
-                             "Remedy: load the base model in that dtype")
+            raise DeltaError(
+                f"{name} is {own[name].dtype}, in the delta {values[name].dtype}. "
+                "Remedy: load the base model in that dtype"
+            )
         _check_values(path, name, grids[name], ids[name], values[name])
     if check_base:
         found = weights_hash(model)
         if found != base_hash:
-            raise DeltaError(f"the delta was made for weights {base_hash[:23]}..., the model has "
-                             f"{found[:23]}... Remedy: load the base revision it was trained from")
+            raise DeltaError(
+                f"the delta was made for weights {base_hash[:23]}..., the model has "
+                f"{found[:23]}... Remedy: load the base revision it was trained from"
+            )
     applied = AppliedDelta(model, grids, ids, {})
     for name in shapes:
         applied.before[name] = _read(own[name], grids[name], ids[name])
@@ -135,8 +142,10 @@ def _check_values(
         raise DeltaError(f"{path} is damaged: {error}") from error
     expected = grid.shape if ids is None else (ids.numel(), grid.block_rows, grid.block_cols)
     if tuple(values.shape) != expected:
-        raise DeltaError(f"{path} is damaged: {name} has values of shape {tuple(values.shape)}, "
-                         f"expected {expected}")
+        raise DeltaError(
+            f"{path} is damaged: {name} has values of shape {tuple(values.shape)}, "
+            f"expected {expected}"
+        )
 
 
 def _read(p: Tensor, grid: BlockGrid, ids: Tensor | None) -> Tensor:

@@ -30,9 +30,9 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> bytes | memoryview:
     flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -94,7 +94,7 @@ class Meter:
             self.modes["flops"] = "not measured"
         else:
             self.spent.setdefault("flops", 0.0)
-            scope = "first step, times the number of steps" if self.flops == "first" else "each step"
+            scope = "each step" if self.flops == "every" else "first step, times the steps"
             self.modes["flops"] = f"counted by torch.utils.flop_counter ({scope})"
         if _rapl_joules() is not None:
             self.spent.setdefault("joules", 0.0)
@@ -102,8 +102,10 @@ class Meter:
         else:
             self.modes["joules"] = "not measured (no readable RAPL counter)"
         if self.resource not in self.spent:
-            raise ResourceError(f"the stopping rule looks at {self.resource!r}, which is "
-                                f"{self.modes.get(self.resource, 'unknown')}")
+            raise ResourceError(
+                f"the stopping rule looks at {self.resource!r}, which is "
+                f"{self.modes.get(self.resource, 'unknown')}"
+            )
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

@@ -46,19 +46,23 @@ class SparseAdamW(Optimizer):
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        if not 0.0 <= lr:
+        if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
-        if not 0.0 <= eps:
+        if not eps >= 0.0:
             raise ValueError(f"Invalid epsilon value: {eps}")
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not 0.0 <= weight_decay:
+        if not weight_decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "maximize": maximize, "check_finite": check_finite,
-        }  # fmt: skip
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "check_finite": check_finite,
+        }
         super().__init__(params, defaults)
 
     @overload
@@ -88,8 +92,13 @@ class SparseAdamW(Optimizer):
                     [s["exp_avg"] for s in states],
                     [s["exp_avg_sq"] for s in states],
                     [s["step"] for s in states],
-                    lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"],
-                )  # fmt: skip
+                    lr,
+                    beta1,
+                    beta2,
+                    group["eps"],
+                    group["weight_decay"],
+                    group["maximize"],
+                )
         return loss
 
     def _check_gradients(self) -> None:
@@ -102,8 +111,10 @@ class SparseAdamW(Optimizer):
         ]
         for name, grad in named:
             if grad.is_sparse:
-                raise RuntimeError(f"SparseAdamW does not support sparse gradients ({name}); its "
-                                   "sparsity is in the choice of blocks")
+                raise RuntimeError(
+                    f"SparseAdamW does not support sparse gradients ({name}); its "
+                    "sparsity is in the choice of blocks"
+                )
         if not named:
             return
         norms = torch._foreach_norm([g for _, g in named])
@@ -127,9 +138,7 @@ class SparseAdamW(Optimizer):
         if not state:
             dtype = _moment_dtype(p)
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(
-                p, dtype=dtype, memory_format=torch.preserve_format
-            )
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         return state
 

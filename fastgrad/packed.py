@@ -8,7 +8,6 @@ through to the full weight after each optimizer step. Nothing else about the mod
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -85,13 +84,13 @@ class _Overlay(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, blocks: PackedBlocks) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, packed: Tensor, blocks: PackedBlocks) -> Tensor:
         ctx.blocks, ctx.dtype = blocks, packed.dtype
         return blocks.full.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.blocks.gather(grad).to(ctx.dtype), None
 
 
@@ -99,7 +98,7 @@ class _SparseLinear(torch.autograd.Function):
     """Linear layer whose backward pass computes the selected blocks of the gradient only."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         packed: Tensor,
@@ -117,7 +116,7 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = grad_packed = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -138,17 +137,21 @@ class _SparseEmbedding(torch.autograd.Function):
     """Embedding whose backward pass touches the selected rows only."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, packed: Tensor, ids: Tensor, weight: Tensor, blocks: PackedBlocks,
+    def forward(
+        ctx: Any,
+        packed: Tensor,
+        ids: Tensor,
+        weight: Tensor,
+        blocks: PackedBlocks,
         padding_idx: int | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.blocks, ctx.padding_idx, ctx.dtype = blocks, padding_idx, packed.dtype
         return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         grid, selected = ctx.blocks.grid, ctx.blocks.ids
         stripes, slot = torch.unique(selected // grid.grid_cols, return_inverse=True)
@@ -165,9 +168,11 @@ class _SparseEmbedding(torch.autograd.Function):
         dense = grad.new_zeros(stripes.numel() * grid.block_rows, grid.cols)
         dense.index_add_(0, rows, grad)
         packed = gather_blocks(
-            dense, slot * grid.grid_cols + selected % grid.grid_cols,
-            grid.block_rows, grid.block_cols,
-        )  # fmt: skip
+            dense,
+            slot * grid.grid_cols + selected % grid.grid_cols,
+            grid.block_rows,
+            grid.block_cols,
+        )
         return packed.to(ctx.dtype), None, None, None, None
 
 
@@ -188,14 +193,15 @@ class PartialModule(nn.Module):
             return super().forward(*args, **kwargs)
         if self._fastgrad_fast is not None and len(args) == 1 and not kwargs:
             return self._fast_forward(args[0])
-        saved = {a: self._parameters[a] for a in self._fastgrad_packed}
+        # typed loosely: a tensor takes the parameter's place for this call alone
+        parameters: Any = self._parameters
+        saved = {a: parameters[a] for a in self._fastgrad_packed}
         try:
             for attribute, blocks in self._fastgrad_packed.items():
-                overlay = _Overlay.apply(blocks.packed, blocks)
-                self._parameters[attribute] = overlay
+                parameters[attribute] = _Overlay.apply(blocks.packed, blocks)
             return super().forward(*args, **kwargs)
         finally:
-            self._parameters.update(saved)
+            parameters.update(saved)
 
     @property
     def _fastgrad_fast(self) -> str | None:
@@ -203,7 +209,7 @@ class PartialModule(nn.Module):
         blocks = self._fastgrad_packed.get("weight")
         if blocks is None or blocks.whole or len(self._fastgrad_packed) > 1:
             return None
-        kind = type(self).__mro__[2]  # the class that was there before
+        kind: Any = type(self).__mro__[2]  # the class that was there before
         if kind.forward is nn.Linear.forward:
             return "linear"
         if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
@@ -247,10 +253,15 @@ class PartialModule(nn.Module):
             blocks.refresh()
 
 
-@cache
-def partial_class(cls: type[nn.Module]) -> type[nn.Module]:
+_CLASSES: dict[Any, Any] = {}
+
+
+def partial_class(cls: type[nn.Module]) -> Any:
     """``cls`` with :class:`PartialModule` in front; it keeps the name that users know."""
-    return type(cls.__name__, (PartialModule, cls), {"__module__": cls.__module__})
+    if cls not in _CLASSES:
+        names = {"__module__": cls.__module__}
+        _CLASSES[cls] = type(cls.__name__, (PartialModule, cls), names)
+    return _CLASSES[cls]
 
 
 def install(module: nn.Module, attribute: str, blocks: PackedBlocks) -> None:

@@ -102,8 +102,10 @@ class Partial:
 
     def __repr__(self) -> str:
         total = sum(p.numel() for p in model_parameters(self.model).values())
-        return (f"Partial({type(self.model).__name__}, trains {self.n_parameters:,} of {total:,} "
-                f"weights in {len(self._trained)} parameters, {len(self.packed)} of them packed)")
+        return (
+            f"Partial({type(self.model).__name__}, trains {self.n_parameters:,} of {total:,} "
+            f"weights in {len(self._trained)} parameters, {len(self.packed)} of them packed)"
+        )
 
 
 def make_partial(
@@ -134,8 +136,9 @@ def make_partial(
     """
     global _hook
     if any(isinstance(m, PartialModule) for m in model.modules()):
-        raise PartialError("this model is partial already. Remedy: call .remove() on that Partial "
-                           "first")
+        raise PartialError(
+            "this model is partial already. Remedy: call .remove() on that Partial first"
+        )
     own = model_parameters(model)
     _check_fits(own, selection)
     base = weights_hash(model) if hash_base else None
@@ -176,15 +179,22 @@ def make_partial(
 
 def _check_fits(own: dict[str, nn.Parameter], selection: Selection) -> None:
     if not selection.blocks:
-        raise SelectionError("the selection is empty: nothing would be trained. Remedy: a larger "
-                             "budget")
+        raise SelectionError(
+            "the selection is empty: nothing would be trained. Remedy: a larger budget"
+        )
     for name in selection.blocks:
         if name not in own:
-            raise SelectionError(f"the selection names {name!r}, which this model lacks; it was "
-                                 "made for another model")
+            raise SelectionError(
+                f"the selection names {name!r}, which this model lacks; it was "
+                "made for another model"
+            )
         if tuple(own[name].shape) != tuple(selection.shapes[name]):
-            raise SelectionError(f"{name} has shape {tuple(own[name].shape)}, the selection expects "
-                                 f"{tuple(selection.shapes[name])}")
+            raise SelectionError(
+                f"{name} has shape {tuple(own[name].shape)}, expected by the selection: "
+                f"{tuple(selection.shapes[name])}"
+            )
         if not own[name].is_floating_point():
-            raise SelectionError(f"{name} has dtype {own[name].dtype} and cannot be trained; "
-                                 "exclude quantised weights from the selection")
+            raise SelectionError(
+                f"{name} has dtype {own[name].dtype} and cannot be trained; "
+                "exclude quantised weights from the selection"
+            )

@@ -71,9 +71,7 @@ class MemoryPlan:
         ]
         for term, size in self.terms.items():
             full = self.full_terms[term]
-            lines.append(
-                f"{term:<12}{human(size):>14}{human(full):>14}{human(full - size):>14}"
-            )
+            lines.append(f"{term:<12}{human(size):>14}{human(full):>14}{human(full - size):>14}")
         lines.append(
             f"{'total':<12}{human(self.total):>14}{human(self.full_total):>14}"
             f"{human(self.saved):>14}"

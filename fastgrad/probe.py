@@ -1,9 +1,9 @@
 """Probe: gradient norms and cross-influence out of the ordinary backward pass.
 
-    with fg.Probe(model) as probe:
-        for batch in loader:
-            model(**batch).loss.backward()
-    stats = probe.stats()
+with fg.Probe(model) as probe:
+    for batch in loader:
+        model(**batch).loss.backward()
+stats = probe.stats()
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import fnmatch
 import itertools
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -86,8 +86,9 @@ class Probe:
         check_spec(blocks)
         _refuse_compiled(model)
         if loss_reduction not in ("token_mean", "row_mean", "sum"):
-            raise ProbeError(f"unknown loss_reduction {loss_reduction!r}; use token_mean, row_mean "
-                             "or sum")
+            raise ProbeError(
+                f"unknown loss_reduction {loss_reduction!r}; use token_mean, row_mean or sum"
+            )
         self.model, self.spec, self.per_example = model, blocks, per_example
         self.loss_reduction, self.ignore_index = loss_reduction, ignore_index
         self.strict, self.on_nonfinite = strict, on_nonfinite
@@ -120,9 +121,7 @@ class Probe:
             )
             for i, n in enumerate(names)
         }
-        self._weight_sq = np.array(
-            [float(sum_of_squares(everything[n])) for n in names]
-        )
+        self._weight_sq = np.array([float(sum_of_squares(everything[n])) for n in names])
         self._hash = weights_hash(model) if hash_weights else None
         self._mode: TapMode | None = None
         self._handles: list[Any] = []
@@ -216,7 +215,7 @@ class Probe:
     def _arrival(self) -> None:
         if self._pass is None:
             self._pass = {}
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _grad_hook(self, target: Target) -> Any:
         grid = target.grid
@@ -225,8 +224,11 @@ class Probe:
             self._arrival()
             assert self._pass is not None
             if target.name in self._pass:
-                self._refuse(target.name, "its gradient arrived in several parts in one backward "
-                             "pass (reentrant activation checkpointing of a shared weight)")
+                self._refuse(
+                    target.name,
+                    "its gradient arrived in several parts in one backward "
+                    "pass (reentrant activation checkpointing of a shared weight)",
+                )
             matrix = matrix_view(grad.detach())
             if grid.is_whole:
                 sq = sum_of_squares(matrix).view(1)
@@ -235,7 +237,8 @@ class Probe:
                 sq = torch.where(stats[3] > 0, torch.nan, stats[0])
             entries = grad.detach().reshape(-1)
             record = self._record(target.name)
-            picked = entries[record.sample()] if record is not None and target.self_check else sq[:0]
+            checked = record is not None and target.self_check
+            picked = entries[record.sample()] if record is not None and checked else sq[:0]
             self._pass[target.name] = (sq, picked)
 
         return hook
@@ -267,8 +270,11 @@ class Probe:
         self._used |= set(arrived)
         if self.per_example and not batches:
             for name in arrived:
-                self._refuse(name, "its gradient came from a forward pass that was not the probed "
-                             "model's, or was used for a second backward pass")
+                self._refuse(
+                    name,
+                    "its gradient came from a forward pass that was not the probed "
+                    "model's, or was used for a second backward pass",
+                )
         number = len(self._passes)
         self._check(batches, arrived)
         for batch in batches if self.per_example else []:
@@ -297,9 +303,15 @@ class Probe:
         batch.records.clear()  # activations and gradients kept for cross terms go now
         mean, total = _factors(batch, self.loss_reduction)
         return {
-            "n": batch.n_examples, "pass": number, "sq": sq, "blocks": blocks, "dots": dots,
-            "tokens": batch.label_tokens or [-1] * batch.n_examples, "mean": mean, "sum": total,
-        }  # fmt: skip
+            "n": batch.n_examples,
+            "pass": number,
+            "sq": sq,
+            "blocks": blocks,
+            "dots": dots,
+            "tokens": batch.label_tokens or [-1] * batch.n_examples,
+            "mean": mean,
+            "sum": total,
+        }
 
     def _check(
         self, batches: Sequence[Batch], arrived: Mapping[str, tuple[Tensor, Tensor]]
@@ -325,8 +337,11 @@ class Probe:
             raise ProbeError(
                 "no backward pass was seen. Remedy: call the probed model and loss.backward() "
                 "inside the with block, with gradients enabled"
-                + (f"; {self._skipped} batches were skipped for NaN or infinity"
-                   if self._skipped else "")
+                + (
+                    f"; {self._skipped} batches were skipped for NaN or infinity"
+                    if self._skipped
+                    else ""
+                )
             )
         names = [t.name for t in self._targets.values()]
         n_examples = sum(c["n"] for c in self._columns)
@@ -352,12 +367,11 @@ class Probe:
                 sq[p], alignment[:, p] = np.nan, np.nan
                 if name in block_sq:
                     block_sq[name][:] = np.nan
-        batch_sq = np.array([[float(b[n].sum()) if n in b else 0.0 for b in self._passes]
-                             for n in names])  # fmt: skip
+        batch_sq = np.array(
+            [[float(b[n].sum()) if n in b else 0.0 for b in self._passes] for n in names]
+        )
         block_batch = {
-            t.name: sum(
-                (b[t.name] for b in self._passes if t.name in b), np.zeros(t.grid.n_blocks)
-            )
+            t.name: sum((b[t.name] for b in self._passes if t.name in b), np.zeros(t.grid.n_blocks))
             for t in self._targets.values()
             if not t.grid.is_whole
         }
@@ -509,8 +523,10 @@ def _check_patterns(
 ) -> None:
     for pattern in patterns or ():
         if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
-            raise ProbeError(f"{argument}: the pattern {pattern!r} matches no parameter; names look "
-                             f"like {', '.join(list(names)[:3])}")
+            raise ProbeError(
+                f"{argument}: the pattern {pattern!r} matches no parameter; names are "
+                f"like {', '.join(list(names)[:3])}"
+            )
 
 
 def _named_directions(
@@ -521,14 +537,16 @@ def _named_directions(
     if not targets:
         return {}
     flat = all(isinstance(v, Tensor) for v in targets.values())
-    named: dict[str, Direction] = {"target": targets} if flat else dict(targets)  # type: ignore[dict-item]
+    named = cast(dict[str, Direction], {"target": targets} if flat else dict(targets.items()))
     for label, direction in named.items():
         for name, tensor in direction.items():
             if name not in everything:
                 raise ProbeError(f"direction {label!r} names {name!r}, which the model lacks")
             if tensor.shape != everything[name].shape:
-                raise ProbeError(f"direction {label!r}: {name} has shape {tuple(tensor.shape)}, the "
-                                 f"parameter {tuple(everything[name].shape)}")
+                raise ProbeError(
+                    f"direction {label!r}: {name} is {tuple(tensor.shape)}, the "
+                    f"parameter {tuple(everything[name].shape)}"
+                )
         if not set(direction) & set(probed):
             raise ProbeError(f"direction {label!r} touches no probed parameter")
     return named

@@ -98,9 +98,14 @@ class ParamRecord:
         grid = self.target.grid
         if self.expected == 1 or grid.is_whole:
             sq, dots = ops.embedding_influence(
-                ids, grad_out, rows.offsets, grid.rows, grid.block_rows, grid.block_cols,
+                ids,
+                grad_out,
+                rows.offsets,
+                grid.rows,
+                grid.block_rows,
+                grid.block_cols,
                 self.target.directions,
-            )  # fmt: skip
+            )
             self._add(sq, dots)
         if self.expected > 1:
             self.lookups.append((ids, grad_out, rows))

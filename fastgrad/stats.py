@@ -124,8 +124,10 @@ class GradientStats:
             StatsError: if examples or the loss reduction needed for the scale are unknown.
         """
         if self.n_examples == 0:
-            raise StatsError("no example was recorded: probe with per_example=True and run at "
-                             "least one backward pass")
+            raise StatsError(
+                "no example was recorded: probe with per_example=True and run at "
+                "least one backward pass"
+            )
         return np.sqrt(self.sq) * self._factor(scale)
 
     @property
@@ -144,13 +146,13 @@ class GradientStats:
             return np.sqrt(self.block_sq[name].astype(np.float64)) * self._factor(scale)
         if self.grid(name).is_whole:
             return self.influence(scale)[row : row + 1]
-        raise StatsError(f"no block detail was kept for {name}; probe with detail=[...] matching it")
+        raise StatsError(f"no block detail was kept for {name}; probe with a detail pattern for it")
 
     def _factor(self, scale: Scale) -> Array:
         if scale == "contribution":
             return np.ones(self.n_examples)
         if scale not in ("example_mean", "example_sum"):
-            raise StatsError(f"unknown scale {scale!r}; use contribution, example_mean, example_sum")
+            raise StatsError(f"unknown scale {scale!r}: contribution, example_mean, example_sum")
         factor = self.mean_factor if scale == "example_mean" else self.sum_factor
         if np.isnan(factor).any():
             raise StatsError(
@@ -212,7 +214,8 @@ class GradientStats:
     def _loss_weights(self) -> tuple[Array, Array]:
         """Weights w_j of the examples in their batch's mean, and ``Σ w_j²`` per batch."""
         weights = 1.0 / self._factor("example_mean")
-        return weights, np.bincount(self.batch, weights**2, self.n_batches)
+        squares = np.bincount(self.batch, weights**2, self.n_batches)
+        return weights, squares.astype(np.float64)
 
     @property
     def signal_sq(self) -> Array:
@@ -292,8 +295,9 @@ class GradientStats:
             ("block detail", sorted(self.block_sq), sorted(other.block_sq)),
         ):
             if a != b:
-                raise StatsError(f"cannot merge statistics of different {what}: {_some(a)} and "
-                                 f"{_some(b)}")
+                raise StatsError(
+                    f"cannot merge statistics of different {what}: {_some(a)} and {_some(b)}"
+                )
         worst = {c.name: c for c in self.coverage_list}
         for c in other.coverage_list:
             rank = ("frozen", "unused", "exact", "missing")
@@ -355,8 +359,9 @@ class GradientStats:
                 header = json.loads((file.metadata() or {})["fastgrad"])
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if header["format"] != FORMAT:
-                raise StatsError(f"{path} has format {header['format']!r}, this version reads "
-                                 f"{FORMAT!r}")
+                raise StatsError(
+                    f"{path} has format {header['format']!r}, this version reads {FORMAT!r}"
+                )
             return cls(
                 names=header["names"],
                 shapes=[tuple(s) for s in header["shapes"]],
@@ -371,11 +376,19 @@ class GradientStats:
         except FileNotFoundError:
             raise StatsError(f"no statistics file at {path}") from None
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
-            raise StatsError(f"{path} is damaged or not a fastgrad statistics file: {error}") from error
+            raise StatsError(f"{path} is damaged or no statistics file: {error}") from error
 
 
-_ARRAYS = ("sq", "batch", "label_tokens", "mean_factor", "sum_factor", "batch_sq", "weight_sq",
-           "alignment_by_direction")  # fmt: skip
+_ARRAYS = (
+    "sq",
+    "batch",
+    "label_tokens",
+    "mean_factor",
+    "sum_factor",
+    "batch_sq",
+    "weight_sq",
+    "alignment_by_direction",
+)
 
 
 def _below(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:

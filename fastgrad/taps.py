@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode, resolve_name
 
-
 if TYPE_CHECKING:
     from fastgrad.records import Batch, ParamRecord
 
@@ -77,10 +76,10 @@ def example_rows(x: Tensor, n_examples: int) -> Rows | None:
 
 
 class _LinearTap(torch.autograd.Function):
-    """``y = x Wᵀ + b`` (or ``x W + b``) whose backward pass takes the gradient and ``T`` in one go."""
+    """``y = x Wᵀ + b`` (or ``x W + b``); its backward pass takes gradient and ``T`` in one go."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -102,7 +101,7 @@ class _LinearTap(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows: Rows = ctx.rows
         grad_x = grad_weight = grad_bias = None
@@ -129,7 +128,7 @@ class _LayerNormTap(torch.autograd.Function):
     """Layer norm whose backward pass keeps the scale's and shift's gradient of each example."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         shape: list[int],
@@ -146,7 +145,7 @@ class _LayerNormTap(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -174,15 +173,13 @@ class _ExpandTap(torch.autograd.Function):
     """A parameter expanded over examples (no copy), so that its gradient comes per example."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, parameter: Tensor, shape: torch.Size, record: ParamRecord
-    ) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, shape: torch.Size, record: ParamRecord) -> Tensor:
         ctx.record, ctx.shape = record, parameter.shape
         return parameter.expand(shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         per_example = grad_out.reshape(grad_out.shape[0], *ctx.shape)
         ctx.record.add_dense(per_example)
         return per_example.sum(0), None, None
@@ -269,13 +266,16 @@ def _product(
             record.expect_use()
     x, weight, bias = _autocast(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return _LinearTap.apply(
-            x, weight, bias, transposed, rows, weight_record, bias_record
-        )
+        return _LinearTap.apply(x, weight, bias, transposed, rows, weight_record, bias_record)
 
 
 def _linear(
-    mode: TapMode, batch: Batch, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    mode: TapMode,
+    batch: Batch,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> Any:
     return _product(mode, batch, input, weight, bias, transposed=False)
 
@@ -325,13 +325,13 @@ def _embedding(
         return NotImplemented
     record.expect_use(ids=input)
     out = func(input, weight, padding_idx)
-    index = padding_idx + weight.shape[0] if padding_idx is not None and padding_idx < 0 else padding_idx
+    skipped = None if padding_idx is None else padding_idx % weight.shape[0]
     rows = Rows(n, input.shape[1:].numel())
 
     def hook(grad: Tensor) -> None:
         ids, flat = input.reshape(-1), grad.reshape(-1, grad.shape[-1])
-        if index is not None:
-            flat = flat.masked_fill((ids == index).unsqueeze(1), 0)
+        if skipped is not None:
+            flat = flat.masked_fill((ids == skipped).unsqueeze(1), 0)
         record.add_lookup(ids, flat, rows)
 
     out.register_hook(hook)
@@ -357,8 +357,10 @@ def _layer_norm(
         return NotImplemented
     if input.ndim <= len(normalized_shape) or input.shape[0] != batch.n_examples:
         for record in known:
-            record.refuse(f"its layer norm saw an input of shape {tuple(input.shape)} without an "
-                          f"example dimension of {batch.n_examples}")
+            record.refuse(
+                f"its layer norm saw an input of shape {tuple(input.shape)} without an "
+                f"example dimension of {batch.n_examples}"
+            )
         return NotImplemented
     for record in known:
         record.expect_use()
@@ -393,7 +395,9 @@ def _broadcast(mode: TapMode, batch: Batch, func: Any, *args: Any, **kwargs: Any
     if not any(r is not None for r in records):
         return NotImplemented
     n = batch.n_examples
-    partners = [a for a, r in zip(args, records, strict=True) if isinstance(a, Tensor) and r is None]
+    partners = [
+        a for a, r in zip(args, records, strict=True) if isinstance(a, Tensor) and r is None
+    ]
     depth = max((p.ndim for p in partners), default=0)
     if kwargs or depth < 1 or not any(p.ndim == depth and p.shape[0] == n for p in partners):
         return NotImplemented
@@ -409,8 +413,10 @@ def _broadcast(mode: TapMode, batch: Batch, func: Any, *args: Any, **kwargs: Any
         else:
             return NotImplemented
         if n * p.numel() > DENSE_LIMIT:
-            record.refuse(f"used elementwise with {p.numel()} elements: its gradients of {n} "
-                          f"examples exceed {DENSE_LIMIT} elements")
+            record.refuse(
+                f"used elementwise with {p.numel()} elements: its gradients of {n} "
+                f"examples exceed {DENSE_LIMIT} elements"
+            )
             return NotImplemented
         record.expect_use()
         new[i] = _ExpandTap.apply(p, shape, record)
@@ -429,8 +435,20 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
         for owner in (torch, Tensor):
             if hasattr(owner, name):
                 table[getattr(owner, name)] = _matmul
-    for name in ("mul", "add", "sub", "div", "true_divide", "__mul__", "__rmul__", "__add__",
-                 "__radd__", "__sub__", "__rsub__", "__truediv__"):  # fmt: skip
+    for name in (
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "true_divide",
+        "__mul__",
+        "__rmul__",
+        "__add__",
+        "__radd__",
+        "__sub__",
+        "__rsub__",
+        "__truediv__",
+    ):
         for owner in (torch, Tensor):
             if hasattr(owner, name):
                 table[getattr(owner, name)] = _broadcast

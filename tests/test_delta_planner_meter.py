@@ -82,9 +82,14 @@ def test_a_failed_save_leaves_the_old_delta(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["module", "row", "7x9"])
-@pytest.mark.parametrize(("dtype", "master"), [
-    (torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "master"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, None),
+    ],
+)
 @pytest.mark.parametrize("architecture", ["llama-tied", "bert"])
 def test_planned_bytes_are_the_allocated_bytes(architecture, spec, dtype, master):
     model = randomised(MODELS[architecture]).to(dtype)

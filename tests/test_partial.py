@@ -138,9 +138,7 @@ def test_bf16_weights_with_fp32_masters_follow_the_fp32_run():
     with torch.no_grad():
         for p, q in zip(wide.parameters(), narrow.parameters(), strict=True):
             p.copy_(q)
-    partial = make_partial(
-        narrow, selection_of(narrow, "module", 1.0), master_dtype=torch.float32
-    )
+    partial = make_partial(narrow, selection_of(narrow, "module", 1.0), master_dtype=torch.float32)
     mine = fg.SparseAdamW(partial.parameters(), lr=1e-4)
     theirs = torch.optim.AdamW(wide.parameters(), lr=1e-4)
     for _ in range(200):
@@ -156,11 +154,15 @@ def test_bf16_weights_with_fp32_masters_follow_the_fp32_run():
         assert torch.equal(model_parameters(narrow)[name], q.bfloat16())
 
 
-@pytest.mark.parametrize("make", [
-    lambda ps: torch.optim.AdamW(ps, lr=1e-2),
-    lambda ps: torch.optim.AdamW(ps, lr=1e-2, fused=True),
-    lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, foreach=True),
-], ids=["adamw", "adamw-fused", "sgd"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ps: torch.optim.AdamW(ps, lr=1e-2),
+        lambda ps: torch.optim.AdamW(ps, lr=1e-2, fused=True),
+        lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, foreach=True),
+    ],
+    ids=["adamw", "adamw-fused", "sgd"],
+)
 def test_any_optimizer_writes_through(make):
     model = randomised(MODELS["llama"])
     partial = make_partial(model, selection_of(model, "8x8"))
@@ -175,8 +177,10 @@ def test_deepcopy_and_load_state_dict_of_a_partial_model():
     model = randomised(MODELS["llama"])
     partial = make_partial(model, selection_of(model, "row"))
     twin = copy.deepcopy(model)
-    loaded = {k: torch.randn_like(v) if v.is_floating_point() else v
-              for k, v in model.state_dict().items()}  # fmt: skip
+    loaded = {
+        k: torch.randn_like(v) if v.is_floating_point() else v
+        for k, v in model.state_dict().items()
+    }
     model.load_state_dict(loaded)
     for blocks in partial.packed:
         assert torch.equal(blocks.packed.detach(), blocks.gather(loaded[blocks.name]))
@@ -231,9 +235,7 @@ def test_refusals():
     selection = selection_of(model, "row")
     unknown = dict(selection.blocks) | {"nope.weight": np.array([0])}
     with pytest.raises(SelectionError, match="nope"):
-        make_partial(
-            model, Selection({**selection.shapes, "nope.weight": (2, 2)}, "row", unknown)
-        )
+        make_partial(model, Selection({**selection.shapes, "nope.weight": (2, 2)}, "row", unknown))
     with pytest.raises(SelectionError, match="made for weights"):
         make_partial(
             model, Selection(selection.shapes, "row", selection.blocks, weights_hash="sha256:0")

@@ -16,8 +16,12 @@ def per_example_gradients(model, batch, shift):
     for j in range(batch["input_ids"].shape[0]):
         model.zero_grad()
         model(**one_example(batch, j)).loss.backward()
-        out.append({n: (torch.zeros_like(p) if p.grad is None else p.grad.clone())
-                    for n, p in model.named_parameters()})  # fmt: skip
+        out.append(
+            {
+                n: (torch.zeros_like(p) if p.grad is None else p.grad.clone())
+                for n, p in model.named_parameters()
+            }
+        )
     labels = batch["labels"][:, 1:] if shift else batch["labels"]
     counts = (labels != -100).sum(1)
     return out, counts

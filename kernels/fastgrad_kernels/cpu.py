@@ -13,6 +13,7 @@ per-example squared norm of a weight gradient ``left_jᵀ right_j`` (see docs/ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def prefer_gram(rows: int, cols: int, tokens: int, want_grad: bool) -> bool:
 
 def uniform_length(offsets: Sequence[int]) -> int | None:
     """Tokens per example if all examples are equally long, else None."""
-    lengths = {b - a for a, b in zip(offsets, offsets[1:], strict=False)}
+    lengths = {b - a for a, b in pairwise(offsets)}
     return lengths.pop() if len(lengths) == 1 else None
 
 
@@ -68,7 +69,7 @@ def cross_influence(
     bounds: list[int] = offsets.tolist()
     rows, cols, n = left.shape[1], right.shape[1], len(bounds) - 1
     whole = block_rows >= rows and block_cols >= cols
-    longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
+    longest = max((b - a for a, b in pairwise(bounds)), default=0)
     if whole and directions is None and prefer_gram(rows, cols, longest, want_grad):
         grad = left.T @ right if want_grad else left.new_empty(0)
         return grad, gram_norms(left, right, bounds).unsqueeze(0), left.new_zeros(0, n)
@@ -89,14 +90,18 @@ def gram_norms(left: Tensor, right: Tensor, bounds: Sequence[int]) -> Tensor:
         if length == 1:
             return a.square().sum((1, 2)) * g.square().sum((1, 2))
         step = max(1, GRAM_PAIR_LIMIT // (length * length))
-        parts = [gram_products(a[s : s + step], g[s : s + step], a[s : s + step], g[s : s + step])
-                 for s in range(0, n, step)]
+        parts = [
+            gram_products(a[s : s + step], g[s : s + step], a[s : s + step], g[s : s + step])
+            for s in range(0, n, step)
+        ]
         sq = torch.cat(parts)
     else:
-        sq = torch.stack([
-            gram_products(*(2 * (left[None, s:e], right[None, s:e])))[0]
-            for s, e in zip(bounds, bounds[1:], strict=False)
-        ])
+        sq = torch.stack(
+            [
+                gram_products(*(2 * (left[None, s:e], right[None, s:e])))[0]
+                for s, e in pairwise(bounds)
+            ]
+        )
     return sq.clamp_min_(0)  # rounding may leave a tiny negative where the norm is zero
 
 
@@ -137,7 +142,9 @@ def _fused(
             flat = scratch[: h * w]
             tile = flat.view(h, w)
             target = grad[r : r + h, c : c + w] if want_grad else None
-            direct = directions[:, r : r + h, c : c + w].to(left.dtype) if n_dir else None
+            direct = (
+                None if directions is None else directions[:, r : r + h, c : c + w].to(left.dtype)
+            )
             squares: list[Tensor] = []
             for j in range(n):
                 a, b = bounds[j], bounds[j + 1]
@@ -207,7 +214,7 @@ def sparse_wgrad(
     if block_rows >= rows:  # columns or column stripes: one product over the gathered columns
         return _stripe(left, right, ids % grid_c, block_cols, packed)
     if block_cols >= cols and block_rows == 1:  # rows: one product over the gathered rows
-        packed[:, 0] = left[:, ids].T @ right
+        packed[:, 0, :cols] = left[:, ids].T @ right
         return packed
     block_row = ids // grid_c
     for i in torch.unique(block_row).tolist():
@@ -283,10 +290,20 @@ def adamw_(
     work = [p.to(m.dtype) for p, m in zip(params, exp_avgs, strict=True)]
     grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
     torch._fused_adamw_(
-        work, grads, exp_avgs, exp_avg_sqs, [], steps,
-        lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
-        amsgrad=False, maximize=maximize,
-    )  # fmt: skip
+        work,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=maximize,
+    )
     for p, w in zip(params, work, strict=True):
         if w is not p:
             p.copy_(w)

@@ -111,8 +111,8 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
         x = x.T
     flat = x.reshape(-1)
     main = flat.numel() // NORM_CHUNK * NORM_CHUNK
-    total = torch.linalg.vector_norm(flat[:main].view(-1, NORM_CHUNK), dim=1).double().square().sum()
-    return total + torch.linalg.vector_norm(flat[main:]).double().square()
+    norms = torch.linalg.vector_norm(flat[:main].view(-1, NORM_CHUNK), dim=1)
+    return norms.double().square().sum() + torch.linalg.vector_norm(flat[main:]).double().square()
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

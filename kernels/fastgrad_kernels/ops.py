@@ -27,22 +27,34 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _check_factors(left: Tensor, right: Tensor) -> None:
-    _check(left.ndim == right.ndim == 2, f"factors must be matrices, got {left.ndim}-D and "
-           f"{right.ndim}-D; flatten examples and tokens first")
-    _check(left.shape[0] == right.shape[0], f"left has {left.shape[0]} tokens, right "
-           f"{right.shape[0]}; both factors of a gradient have one row per token")
-    _check(left.dtype in _FLOATS and left.dtype == right.dtype,
-           f"dtypes {left.dtype} and {right.dtype}: both factors must have the same float dtype")
+    _check(
+        left.ndim == right.ndim == 2,
+        f"factors must be matrices, got {left.ndim}-D and "
+        f"{right.ndim}-D; flatten examples and tokens first",
+    )
+    _check(
+        left.shape[0] == right.shape[0],
+        f"left has {left.shape[0]} tokens, right "
+        f"{right.shape[0]}; both factors of a gradient have one row per token",
+    )
+    _check(
+        left.dtype in _FLOATS and left.dtype == right.dtype,
+        f"dtypes {left.dtype} and {right.dtype}: both factors must have the same float dtype",
+    )
     _check(left.device == right.device, f"left is on {left.device}, right on {right.device}")
 
 
 def _check_offsets(offsets: Tensor, tokens: int) -> None:
-    _check(offsets.ndim == 1 and offsets.dtype == torch.int64 and offsets.numel() >= 1,
-           "offsets must be a one-dimensional int64 tensor [n_examples + 1]")
+    _check(
+        offsets.ndim == 1 and offsets.dtype == torch.int64 and offsets.numel() >= 1,
+        "offsets must be a one-dimensional int64 tensor [n_examples + 1]",
+    )
     bounds = offsets.tolist()
-    _check(bounds[0] == 0 and bounds[-1] == tokens and bounds == sorted(bounds),
-           f"offsets {bounds[:1]}..{bounds[-1:]} must rise from 0 to the {tokens} tokens given: "
-           "every token belongs to exactly one example")
+    _check(
+        bounds[0] == 0 and bounds[-1] == tokens and bounds == sorted(bounds),
+        f"offsets {bounds[:1]}..{bounds[-1:]} must rise from 0 to the {tokens} tokens given: "
+        "every token belongs to exactly one example",
+    )
 
 
 def _check_block(block_rows: int, block_cols: int) -> None:
@@ -90,12 +102,12 @@ def cross_influence(
     _check_block(block_rows, block_cols)
     _check_offsets(offsets, left.shape[0])
     if directions is not None:
-        _check(directions.shape[1:] == (left.shape[1], right.shape[1]),
-               f"directions {tuple(directions.shape)} do not fit a gradient of shape "
-               f"{(left.shape[1], right.shape[1])}")
-    return cpu.cross_influence(
-        left, right, offsets, block_rows, block_cols, directions, want_grad
-    )
+        _check(
+            directions.shape[1:] == (left.shape[1], right.shape[1]),
+            f"directions {tuple(directions.shape)} do not fit a gradient of shape "
+            f"{(left.shape[1], right.shape[1])}",
+        )
+    return cpu.cross_influence(left, right, offsets, block_rows, block_cols, directions, want_grad)
 
 
 @cross_influence.register_fake
@@ -134,13 +146,15 @@ def embedding_influence(
         ValueError: for mismatched shapes or ids outside the table.
     """
     _check(ids.ndim == 1 and ids.dtype == torch.int64, "ids must be one-dimensional int64")
-    _check(grad_out.ndim == 2 and grad_out.shape[0] == ids.shape[0],
-           f"{ids.shape[0]} ids but grad_out of shape {tuple(grad_out.shape)}")
+    _check(
+        grad_out.ndim == 2 and grad_out.shape[0] == ids.shape[0],
+        f"{ids.shape[0]} ids but grad_out of shape {tuple(grad_out.shape)}",
+    )
     _check_block(block_rows, block_cols)
     _check_offsets(offsets, ids.shape[0])
     if ids.numel():
         low, high = int(ids.min()), int(ids.max())
-        _check(0 <= low and high < num_rows, f"ids {low}..{high} outside a table of {num_rows}")
+        _check(low >= 0 and high < num_rows, f"ids {low}..{high} outside a table of {num_rows}")
     return cpu.embedding_influence(
         ids, grad_out, offsets, num_rows, block_rows, block_cols, directions
     )
@@ -177,7 +191,7 @@ def sparse_wgrad(
     count = _n_blocks(left.shape[1], right.shape[1], block_rows, block_cols)
     if ids.numel():
         low, high = int(ids.min()), int(ids.max())
-        _check(0 <= low and high < count, f"blocks {low}..{high} outside 0..{count - 1}")
+        _check(low >= 0 and high < count, f"blocks {low}..{high} outside 0..{count - 1}")
     return cpu.sparse_wgrad(left, right, ids, block_rows, block_cols)
 
 
@@ -198,8 +212,10 @@ def block_stats(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
     Raises:
         ValueError: if ``matrix`` is not a float matrix.
     """
-    _check(matrix.ndim == 2 and matrix.dtype in _FLOATS, "block_stats needs a float matrix, got "
-           f"{matrix.ndim}-D {matrix.dtype}")
+    _check(
+        matrix.ndim == 2 and matrix.dtype in _FLOATS,
+        f"block_stats needs a float matrix, got {matrix.ndim}-D {matrix.dtype}",
+    )
     _check_block(block_rows, block_cols)
     return cpu.block_stats(matrix, block_rows, block_cols)
 
@@ -241,11 +257,14 @@ def adamw_(
     lengths = {len(params), len(grads), len(exp_avgs), len(exp_avg_sqs), len(steps)}
     _check(len(lengths) == 1, f"lists of different lengths: {sorted(lengths)}")
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        _check(p.shape == g.shape == m.shape == v.shape,
-               f"shapes differ: parameter {tuple(p.shape)}, gradient {tuple(g.shape)}, moments "
-               f"{tuple(m.shape)} and {tuple(v.shape)}")
-    cpu.adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps,
-               weight_decay, maximize)
+        _check(
+            p.shape == g.shape == m.shape == v.shape,
+            f"shapes differ: parameter {tuple(p.shape)}, gradient {tuple(g.shape)}, moments "
+            f"{tuple(m.shape)} and {tuple(v.shape)}",
+        )
+    cpu.adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, maximize
+    )
 
 
 @adamw_.register_fake
@@ -261,5 +280,5 @@ def _cross_influence_flops(left_shape, right_shape, *args, out_shape=None, **kwa
 
 
 @register_flop_formula(torch.ops.fastgrad.sparse_wgrad)
-def _sparse_wgrad_flops(left_shape, right_shape, ids_shape, block_rows, block_cols, *args, **kwargs):  # type: ignore[no-untyped-def]
+def _sparse_wgrad_flops(left_shape, right_shape, ids_shape, block_rows, block_cols, **kwargs):  # type: ignore[no-untyped-def]
     return 2 * left_shape[0] * ids_shape[0] * block_rows * block_cols

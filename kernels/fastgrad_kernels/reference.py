@@ -5,6 +5,8 @@ Nothing here is fast. Tests compare each implementation against these.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def cross_influence(
     ``dots[k, j] = ⟨left_jᵀ right_j, directions_k⟩``."""
     left, right = left.double(), right.double()
     bounds = offsets.tolist()
-    parts = [left[a:b].T @ right[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [left[a:b].T @ right[a:b] for a, b in pairwise(bounds)]
     rows, cols = left.shape[1], right.shape[1]
     grad = torch.zeros(rows, cols, dtype=torch.float64)
     blocks = blocks_of(rows, cols, block_rows, block_cols)
@@ -65,7 +67,7 @@ def sparse_wgrad(
 ) -> Tensor:
     """Selected blocks of ``leftᵀ right``, packed ``[n, block_rows, block_cols]``."""
     grad = left.double().T @ right.double()
-    blocks = blocks_of(*grad.shape, block_rows, block_cols)
+    blocks = blocks_of(grad.shape[0], grad.shape[1], block_rows, block_cols)
     packed = torch.zeros(ids.numel(), block_rows, block_cols, dtype=torch.float64)
     for n, block in enumerate(ids.tolist()):
         part = grad[blocks[block]]
@@ -76,7 +78,7 @@ def sparse_wgrad(
 def block_stats(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
     """Rows: sum of squares, sum of absolute values, largest absolute value, non-finite count."""
     out = []
-    for block in blocks_of(*matrix.shape, block_rows, block_cols):
+    for block in blocks_of(matrix.shape[0], matrix.shape[1], block_rows, block_cols):
         x = matrix[block].double()
         finite = x[torch.isfinite(x)].abs()
         out.append(
@@ -112,5 +114,3 @@ def adamw(
     exp_avg_sq = exp_avg_sq.double() * beta2 + grad.square() * (1 - beta2)
     denom = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
     return param - lr / (1 - beta1**step) * exp_avg / denom, exp_avg, exp_avg_sq
-
-

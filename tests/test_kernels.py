@@ -1,0 +1,357 @@
+"""Every operator against its float64 definition; shapes from hypothesis."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgrad_kernels import cpu, ops, reference
+from fastgrad_kernels.layout import gather_blocks, scatter_blocks_, sum_of_squares
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def offsets_of(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int64)
+
+
+def tolerance(dtype, length):
+    """Inputs are exact in float64, so the error is that of accumulating in float32."""
+    eps = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    return 16 * eps * max(length, 1) ** 0.5
+
+
+def close(actual, expected, dtype, length, scale):
+    worst = float((actual.double() - expected).abs().max()) if expected.numel() else 0.0
+    assert worst <= tolerance(dtype, length) * max(scale, 1e-30), (worst, scale)
+
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+lengths = st.lists(st.integers(0, 12), min_size=1, max_size=6)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    shapes,
+    lengths,
+    st.integers(1, 48),
+    st.integers(1, 48),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.integers(0, 2),
+    st.integers(0, 99),
+)
+def test_cross_influence(shape, lengths, br, bc, dtype, want_grad, n_dir, seed):
+    torch.manual_seed(seed)
+    tokens = sum(lengths)
+    left, right = torch.randn(tokens, shape[0]).to(dtype), torch.randn(tokens, shape[1]).to(dtype)
+    directions = torch.randn(n_dir, *shape) if n_dir else None
+    offsets = offsets_of(lengths)
+    grad, sq, dots = ops.cross_influence(left, right, offsets, br, bc, directions, want_grad)
+    want, want_sq, want_dots = reference.cross_influence(left, right, offsets, br, bc, directions)
+    size = shape[0] * shape[1] * max(tokens, 1)
+    scale = float((left.double().norm() * right.double().norm()) ** 2)
+    close(sq, want_sq, dtype, size, scale)
+    if want_grad:
+        close(grad, want, dtype, size, scale**0.5)
+    else:
+        assert grad.numel() == 0
+    if directions is not None:
+        close(dots, want_dots, torch.float32, size, scale**0.5 * float(directions.norm()))
+    assert sq.shape == want_sq.shape
+    assert dots.shape == want_dots.shape
+    again = ops.cross_influence(left, right, offsets, br, bc, directions, want_grad)
+    assert all(torch.equal(a, b) for a, b in zip(again, (grad, sq, dots), strict=True))
+
+
+@pytest.mark.parametrize("gram", [True, False])
+def test_both_forms_agree_on_tall_tiles(gram, monkeypatch):
+    """Weights beyond one scratch tile in both directions, whole and in blocks."""
+    monkeypatch.setattr(cpu, "TILE_LIMIT", 64)
+    monkeypatch.setattr(cpu, "prefer_gram", lambda *a: gram)
+    torch.manual_seed(0)
+    left, right = torch.randn(30, 150), torch.randn(30, 130)
+    offsets = offsets_of([10, 0, 7, 13])
+    for br, bc in ((150, 130), (48, 50), (1, 130), (150, 1), (200, 200)):
+        grad, sq, _ = cpu.cross_influence(left, right, offsets, br, bc, None, True)
+        want, want_sq, _ = reference.cross_influence(left, right, offsets, br, bc)
+        torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(sq.double(), want_sq, rtol=1e-5, atol=1e-3)
+
+
+def test_form_is_chosen_by_shape():
+    assert cpu.prefer_gram(512, 512, 32, True)
+    assert not cpu.prefer_gram(512, 512, 128, True)
+    assert cpu.prefer_gram(512, 512, 128, False)  # no gradient wanted: the product would be extra
+    assert not cpu.prefer_gram(64, 64, 2048, False)
+    assert cpu.prefer_gram(4096, 4096, 128, True)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 30),
+    st.integers(1, 20),
+    lengths,
+    st.integers(1, 40),
+    st.integers(1, 24),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2),
+    st.integers(0, 99),
+)
+def test_embedding_influence(rows, cols, lengths, br, bc, dtype, n_dir, seed):
+    torch.manual_seed(seed)
+    tokens = sum(lengths)
+    ids = torch.randint(0, rows, (tokens,))
+    grad_out = torch.randn(tokens, cols).to(dtype)
+    directions = torch.randn(n_dir, rows, cols) if n_dir else None
+    offsets = offsets_of(lengths)
+    sq, dots = ops.embedding_influence(ids, grad_out, offsets, rows, br, bc, directions)
+    _, want_sq, want_dots = reference.embedding_influence(
+        ids, grad_out.double(), offsets, rows, br, bc, directions
+    )
+    scale = float(grad_out.double().norm() ** 2) * max(tokens, 1)
+    close(sq, want_sq, dtype, tokens * cols, scale)
+    close(dots, want_dots, torch.float32, tokens * cols, scale * 10)
+    assert dots.shape == want_dots.shape
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shapes,
+    st.integers(0, 25),
+    st.integers(1, 44),
+    st.integers(1, 44),
+    st.sampled_from(DTYPES),
+    st.integers(0, 99),
+)
+def test_sparse_wgrad(shape, tokens, br, bc, dtype, seed):
+    torch.manual_seed(seed)
+    left, right = torch.randn(tokens, shape[0]).to(dtype), torch.randn(tokens, shape[1]).to(dtype)
+    count = -(-shape[0] // br) * -(-shape[1] // bc)
+    ids = torch.randperm(count)[: max(1, count // 3)]
+    packed = ops.sparse_wgrad(left, right, ids, br, bc)
+    want = reference.sparse_wgrad(left, right, ids, br, bc)
+    scale = float(left.double().norm() * right.double().norm())
+    close(packed, want, dtype, max(tokens, 1), scale)
+    assert packed.shape == want.shape
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, st.integers(1, 44), st.integers(1, 44), st.booleans(), st.integers(0, 99))
+def test_block_stats_with_damage(shape, br, bc, damaged, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(shape)
+    if damaged:
+        flat = x.view(-1)
+        flat[torch.randint(flat.numel(), (3,))] = torch.tensor([float("nan"), float("inf"), -1e9])
+    got = ops.block_stats(x, br, bc)
+    torch.testing.assert_close(got.double(), reference.block_stats(x, br, bc), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, st.integers(1, 44), st.integers(1, 44), st.integers(0, 99))
+def test_gather_and_scatter_are_inverse(shape, br, bc, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(shape)
+    count = -(-shape[0] // br) * -(-shape[1] // bc)
+    ids = torch.randperm(count)[: max(1, count // 2)]
+    packed = gather_blocks(x, ids, br, bc)
+    y = torch.full_like(x, 7.0)
+    scatter_blocks_(y, ids, packed, br, bc)
+    blocks = reference.blocks_of(*shape, br, bc)
+    chosen = torch.zeros(shape, dtype=torch.bool)
+    for block in ids.tolist():
+        chosen[blocks[block]] = True
+    assert torch.equal(y[chosen], x[chosen])
+    assert (y[~chosen] == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_adamw_against_its_definition(dtype):
+    torch.manual_seed(0)
+    params = [torch.randn(s).to(dtype) for s in ((5, 7), (3,), ())]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    m = [torch.zeros(p.shape, dtype=wide) for p in params]
+    v = [torch.zeros(p.shape, dtype=wide) for p in params]
+    steps = [torch.zeros(()) for _ in params]
+    settings_ = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    eps = torch.finfo(dtype).eps
+    for t in range(1, 6):
+        grads = [torch.randn_like(p) for p in params]
+        want = [
+            reference.adamw(p, g, a, b, t, lr=1e-2, maximize=True, **settings_)
+            for p, g, a, b in zip(params, grads, m, v, strict=True)
+        ]
+        ops.adamw_(
+            params,
+            grads,
+            m,
+            v,
+            steps,
+            torch.tensor(1e-2, dtype=torch.float64),
+            0.9,
+            0.95,
+            1e-8,
+            0.1,
+            True,
+        )
+        for p, a, b, (wp, wa, wb), s in zip(params, m, v, want, steps, strict=True):
+            torch.testing.assert_close(p.double(), wp, rtol=eps, atol=1e-6 if eps > 1e-9 else 1e-14)
+            torch.testing.assert_close(a.double(), wa, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(b.double(), wb, rtol=1e-5, atol=1e-7)
+            assert float(s) == t
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (
+            ops.cross_influence,
+            lambda: (
+                torch.randn(12, 5),
+                torch.randn(12, 6),
+                offsets_of([5, 0, 7]),
+                2,
+                4,
+                torch.randn(1, 5, 6),
+                True,
+            ),
+        ),
+        (
+            ops.cross_influence,
+            lambda: (torch.randn(12, 5), torch.randn(12, 6), offsets_of([6, 6]), 9, 9, None, False),
+        ),
+        (
+            ops.embedding_influence,
+            lambda: (
+                torch.randint(0, 9, (12,)),
+                torch.randn(12, 6),
+                offsets_of([5, 7]),
+                9,
+                2,
+                4,
+                None,
+            ),
+        ),
+        (
+            ops.sparse_wgrad,
+            lambda: (torch.randn(12, 5), torch.randn(12, 6), torch.tensor([0, 3]), 2, 4),
+        ),
+        (ops.block_stats, lambda: (torch.randn(7, 9), 3, 4)),
+        (
+            ops.adamw_,
+            lambda: (
+                [torch.randn(3)],
+                [torch.randn(3)],
+                [torch.zeros(3)],
+                [torch.zeros(3)],
+                [torch.zeros(())],
+                torch.tensor(1e-2),
+                0.9,
+                0.99,
+                1e-8,
+                0.0,
+                False,
+            ),
+        ),
+    ],
+    ids=["cross", "cross-norms", "embedding", "wgrad", "stats", "adamw"],
+)
+def test_opcheck(op, args):
+    torch.library.opcheck(op, args())
+
+
+def test_operators_compile():
+    def f(left, right, offsets):
+        grad, sq, _ = torch.ops.fastgrad.cross_influence(left, right, offsets, 2, 4, None, True)
+        return grad.sum() + sq.sum()
+
+    args = (torch.randn(12, 5), torch.randn(12, 6), offsets_of([5, 7]))
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*args), f(*args))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ops.cross_influence(torch.ones(3, 2), torch.ones(4, 2), offsets_of([3]), 1, 1),
+            "3 tokens, right 4",
+        ),
+        (
+            lambda: ops.cross_influence(
+                torch.ones(3, 2), torch.ones(3, 2).half(), offsets_of([3]), 1, 1
+            ),
+            "same float dtype",
+        ),
+        (
+            lambda: ops.cross_influence(torch.ones(3, 2), torch.ones(3, 2), offsets_of([2]), 1, 1),
+            "every token belongs",
+        ),
+        (
+            lambda: ops.cross_influence(
+                torch.ones(3, 2), torch.ones(3, 2), torch.tensor([0, 2, 1, 3]), 1, 1
+            ),
+            "must rise",
+        ),
+        (
+            lambda: ops.cross_influence(
+                torch.ones(3, 2), torch.ones(3, 2), offsets_of([3]), 1, 1, torch.ones(1, 3, 3)
+            ),
+            "do not fit",
+        ),
+        (
+            lambda: ops.embedding_influence(
+                torch.tensor([5]), torch.ones(1, 2), offsets_of([1]), 5, 1, 1
+            ),
+            "outside a table of 5",
+        ),
+        (
+            lambda: ops.sparse_wgrad(torch.ones(3, 2), torch.ones(3, 2), torch.tensor([4]), 1, 1),
+            "outside 0..3",
+        ),
+        (lambda: ops.block_stats(torch.ones(3), 1, 1), "needs a float matrix"),
+        (lambda: ops.block_stats(torch.ones(3, 3), 0, 1), "is empty"),
+        (
+            lambda: ops.adamw_(
+                [torch.ones(2)],
+                [torch.ones(3)],
+                [torch.ones(2)],
+                [torch.ones(2)],
+                [torch.zeros(())],
+                torch.tensor(0.1),
+                0.9,
+                0.9,
+                1e-8,
+                0.0,
+                False,
+            ),
+            "shapes differ",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_flops_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    left, right = torch.randn(12, 5), torch.randn(12, 6)
+    with FlopCounterMode(display=False) as counter:
+        ops.cross_influence(left, right, offsets_of([5, 7]), 5, 6)
+        ops.sparse_wgrad(left, right, torch.tensor([0, 3]), 2, 4)
+    assert counter.get_total_flops() == 2 * 12 * 5 * 6 + 2 * 12 * 2 * 8
+
+
+@pytest.mark.parametrize("n", [0, 1, 4096, 4097, 1 << 21])
+def test_sum_of_squares_is_accurate(n):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    want = float(x.double().square().sum())
+    assert abs(float(sum_of_squares(x)) - want) <= 2e-7 * want
+    if n == 1 << 21:
+        matrix = x.view(1 << 10, -1).T
+        assert abs(float(sum_of_squares(matrix)) - want) <= 2e-7 * want
