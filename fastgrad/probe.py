@@ -17,6 +17,11 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import _get_current_function_mode_stack
 
 from fastgrad.blocks import BlockGrid, check_spec
 from fastgrad.errors import CoverageError, NonFiniteGradientError, ProbeError
@@ -124,6 +129,7 @@ class Probe:
         self._weight_sq = np.array([float(sum_of_squares(everything[n])) for n in names])
         self._hash = weights_hash(model) if hash_weights else None
         self._mode: TapMode | None = None
+        self._recomputed: nn.Module | None = None
         self._handles: list[Any] = []
         self._batch: Batch | None = None
         self._open: list[Batch] = []
@@ -146,6 +152,10 @@ class Probe:
         if self.per_example:
             self._mode = TapMode(lambda: self._batch, self._lookup)
             self._mode.__enter__()
+            self._handles += [
+                register_module_forward_pre_hook(self._begin_recompute),
+                register_module_forward_hook(self._end_recompute, always_call=True),
+            ]
         return self
 
     def __exit__(
@@ -190,6 +200,24 @@ class Probe:
             for tensor in _output_tensors(output):
                 if tensor.requires_grad and tensor.grad_fn is not None:
                     tensor.register_hook(self._arrival_hook)
+
+    # The autograd engine runs a backward pass without the caller's function modes. Where an
+    # activation checkpoint recomputes modules in there, they must meet the same taps again.
+
+    def _begin_recompute(self, module: nn.Module, args: Any) -> None:
+        if (
+            self._recomputed is None
+            and self._mode is not None
+            and torch._C._current_graph_task_id() != -1
+            and self._mode not in _get_current_function_mode_stack()
+        ):
+            self._recomputed = module
+            self._mode.__enter__()
+
+    def _end_recompute(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self._recomputed and self._mode is not None:
+            self._recomputed = None
+            self._mode.__exit__(None, None, None)
 
     def _lookup(self, tensor: Tensor) -> ParamRecord | None:
         if self._batch is None or id(tensor) not in self._targets:

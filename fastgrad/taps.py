@@ -119,7 +119,7 @@ class _LinearTap(torch.autograd.Function):
             wide = torch.float64 if g2.dtype == torch.float64 else torch.float32
             per_example = g2.view(rows.n_examples, rows.per_example, -1).sum(1, dtype=wide)
             if ctx.bias_record is not None:
-                ctx.bias_record.add_dense(per_example)
+                ctx.bias_record.add_dense(per_example, grad_out.dtype)
             grad_bias = per_example.sum(0).to(grad_out.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None
 

@@ -1,0 +1,441 @@
+"""The probe beyond plain training: what is missing is named, what is wrong is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastgrad as fg
+from fastgrad.errors import (
+    BlockSpecError,
+    CoverageError,
+    NonFiniteGradientError,
+    ProbeError,
+    StatsError,
+)
+from fastgrad.records import ParamRecord
+from tests.models import MODELS, batch_of, llama, one_example, randomised
+
+
+class Net(nn.Module):
+    """Token classifier built of one piece under test."""
+
+    def __init__(self, piece: nn.Module, width: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, width)
+        self.piece = piece
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.piece(self.embed(input_ids)))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def run(model, ids, labels):
+    return model(input_ids=ids, labels=labels)
+
+
+def data(n=4, tokens=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 11, (n, tokens), generator=g), torch.randint(
+        0, 5, (n, tokens), generator=g
+    )
+
+
+def definition(model, ids, labels):
+    """Contributions to the token-mean batch loss, example by example, in float64."""
+    model = copy.deepcopy(model).double()
+    rows = []
+    for j in range(len(ids)):
+        model.zero_grad()
+        (run(model, ids[j : j + 1], labels[j : j + 1]) / len(ids)).backward()
+        rows.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    return rows
+
+
+def assert_exact(model, ids, labels, missing=(), **kwargs):
+    with fg.Probe(model, **kwargs) as probe:
+        run(model, ids, labels).backward()
+    stats = probe.stats()
+    rows = definition(model, ids, labels)
+    found_missing = {n for n, c in stats.coverage.items() if c.status == "missing"}
+    assert found_missing == set(missing), [c for c in stats.coverage.values() if c.reason]
+    for p, name in enumerate(stats.names):
+        want = np.array([float(r[name].norm()) for r in rows])
+        if name in missing:
+            assert np.isnan(stats.T[p]).all()
+            total = sum(r[name] for r in rows)
+            assert abs(stats.grad_norm[p] - float(total.norm())) < 1e-5
+        else:
+            np.testing.assert_allclose(stats.T[p], want, rtol=1e-4, atol=1e-6, err_msg=name)
+    return stats
+
+
+class Twice(nn.Module):
+    """The same weight used three times: as a module, as a module again, and by F.linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = torch.tanh(self.lin(x))
+        x = torch.tanh(self.lin(x))
+        return F.linear(x, self.lin.weight)
+
+
+class Scales(nn.Module):
+    """Bare parameters that broadcast: scale, shift, table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6))
+        self.shift = nn.Parameter(torch.randn(6))
+        self.table = nn.Parameter(torch.randn(1, 3, 6))
+
+    def forward(self, x):
+        return (x + self.table) * self.scale - self.shift
+
+
+class Matmul(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return x @ self.w
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.LayerNorm(6), nn.RMSNorm(6)
+        for p in self.parameters():
+            nn.init.normal_(p)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("blocks", ["module", "2x4"])
+@pytest.mark.parametrize("piece", [Twice, Scales, Matmul, Normed])
+def test_uses_of_every_kind_are_exact(piece, blocks):
+    torch.manual_seed(0)
+    assert_exact(Net(piece()), *data(), blocks=blocks, strict=True)
+
+
+def test_one_example_and_one_token():
+    torch.manual_seed(0)
+    assert_exact(Net(Twice()), *data(1, 3))
+    assert_exact(Net(Twice()), *data(5, 1))
+
+
+class Hidden(nn.Module):
+    """A weight of which one use has no tap (a transposed product)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return self.lin(x) @ self.lin.weight.t()
+
+
+class Smuggled(nn.Module):
+    """A use that no function sees: the probed weight enters through a custom Function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        class Product(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, a, w):
+                ctx.save_for_backward(a, w)
+                return a @ w
+
+            @staticmethod
+            def backward(ctx, g):
+                a, w = ctx.saved_tensors
+                return g @ w.T, a.flatten(0, 1).T @ g.flatten(0, 1)
+
+        return Product.apply(self.lin(x), self.lin.weight)
+
+
+class Routed(nn.Module):
+    """Rows picked by index, as a mixture of experts does: whose they are is unknown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        flat = x.reshape(-1, 6)
+        picked = flat[flat[:, 0] > 0]
+        return x + 0.1 * self.expert(picked).sum(0)
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 1)
+
+    def forward(self, x):
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("piece", "missing", "reason"),
+    [
+        (Hidden, ["piece.lin.weight"], "torch.Tensor.t"),
+        (Smuggled, ["piece.lin.weight"], "self-check"),
+        (Conv, ["piece.conv.weight", "piece.conv.bias"], "conv1d"),
+    ],
+)
+def test_what_is_not_covered_is_named_and_strict_raises(piece, missing, reason):
+    torch.manual_seed(0)
+    stats = assert_exact(Net(piece()), *data(), missing=missing)
+    assert all(reason in stats.coverage[n].reason for n in missing)
+    if piece is not Smuggled:
+        with pytest.raises(CoverageError, match=missing[0]):
+            assert_exact(Net(piece()), *data(), strict=True)
+
+
+def test_rows_of_unknown_owner_are_missing():
+    torch.manual_seed(0)
+    model, (ids, labels) = Net(Routed()), data(4, 5)
+    with fg.Probe(model) as probe:
+        run(model, ids, labels).backward()
+    coverage = probe.stats().coverage["piece.expert.weight"]
+    assert coverage.status == "missing"
+    assert "cannot be assigned" in coverage.reason
+
+
+def test_the_self_check_catches_a_wrong_tap(monkeypatch):
+    original = ParamRecord.add_product
+    monkeypatch.setattr(
+        ParamRecord,
+        "add_product",
+        lambda self, left, right, rows: original(self, left, right * 1.01, rows) / 1.01,
+    )
+    model = randomised(MODELS["llama"])
+    with fg.Probe(model) as probe:
+        model(**batch_of()).loss.backward()
+    reasons = [c.reason for c in probe.stats().coverage.values() if c.status == "missing"]
+    assert reasons
+    assert all("self-check" in r for r in reasons)
+
+
+def test_the_gradient_itself_is_untouched():
+    model = randomised(MODELS["llama-tied"])
+    plain = copy.deepcopy(model)
+    plain(**batch_of()).loss.backward()
+    with fg.Probe(model):
+        model(**batch_of()).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7, msg=name)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_accumulation_several_batches_and_the_last_smaller_one():
+    model = randomised(MODELS["llama"])
+    batches = [batch_of(3, seed=1), batch_of(3, masked=True, seed=2), batch_of(1, seed=3)]
+    with fg.Probe(model) as probe:
+        for batch in batches:
+            (model(**batch).loss / 3).backward()  # gradients accumulate, no zero_grad
+            with torch.no_grad():
+                model(**batch)  # an evaluation in between is not a batch
+    stats = probe.stats()
+    assert stats.batch.tolist() == [0, 0, 0, 1, 1, 1, 2]
+    fresh = copy.deepcopy(model)
+    column = 0
+    for batch in batches:
+        for j in range(batch["input_ids"].shape[0]):
+            fresh.zero_grad()
+            fresh(**one_example(batch, j)).loss.backward()
+            want = [float(p.grad.norm()) for p in fresh.parameters()]
+            got = stats.influence("example_mean")[:, column] * 3  # the loss was divided by 3
+            np.testing.assert_allclose(got, want, rtol=2e-4)
+            column += 1
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "row_mean", "sum"])
+def test_scales_under_each_reduction(reduction):
+    model = randomised(MODELS["llama"])
+    batch = batch_of(masked=True)
+    labels = batch["labels"]
+
+    def loss_of(b):
+        logits = model(input_ids=b["input_ids"], labels=b["labels"]).logits[:, :-1]
+        target = b["labels"][:, 1:]
+        each = F.cross_entropy(logits.transpose(1, 2), target, reduction="none", ignore_index=-100)
+        counts = (target != -100).sum(1)
+        if reduction == "sum":
+            return each.sum()
+        if reduction == "row_mean":
+            return (each.sum(1) / counts).mean()
+        return each.sum() / counts.sum()
+
+    with fg.Probe(model, loss_reduction=reduction) as probe:
+        loss_of(batch).backward()
+    stats = probe.stats()
+    for j in range(3):
+        count = int((labels[j, 1:] != -100).sum())
+        model.zero_grad()
+        model(**one_example(batch, j)).loss.backward()
+        want = np.array([float(p.grad.norm()) for p in model.parameters()])
+        np.testing.assert_allclose(stats.influence("example_mean")[:, j], want, rtol=2e-4)
+        np.testing.assert_allclose(stats.influence("example_sum")[:, j], want * count, rtol=2e-4)
+
+
+def test_num_items_in_batch_is_the_divisor():
+    model = randomised(MODELS["llama"])
+    batch = batch_of()
+    with fg.Probe(model) as probe:
+        model(**batch, num_items_in_batch=torch.tensor(100)).loss.backward()
+    with fg.Probe(model) as plain:
+        model(**batch).loss.backward()
+    a, b = probe.stats(), plain.stats()
+    np.testing.assert_allclose(
+        a.influence("example_mean"), b.influence("example_mean"), rtol=1e-4, atol=1e-7
+    )
+    np.testing.assert_allclose(a.T * 100, b.T * b.label_tokens.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_signed_influence_of_several_directions():
+    model = randomised(MODELS["llama-tied"])
+    batch = batch_of(masked=True)
+    directions = {
+        label: {n: torch.randn_like(p) for n, p in model.named_parameters()} for label in "ab"
+    }
+    del directions["b"]["model.norm.weight"]
+    with fg.Probe(model, blocks="8x8", targets=directions) as probe:
+        model(**batch).loss.backward()
+    stats = probe.stats()
+    weight = stats.label_tokens / stats.label_tokens.sum()
+    for j in range(3):
+        model.zero_grad()
+        model(**one_example(batch, j)).loss.backward()
+        for k, label in enumerate("ab"):
+            for p, (name, q) in enumerate(model.named_parameters()):
+                d = directions[label].get(name, torch.zeros_like(q))
+                want = float((q.grad * d).sum()) * weight[j]
+                scale = float(q.grad.norm() * max(d.norm(), 1)) * weight[j]
+                assert abs(stats.alignment[k, p, j] - want) <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+def test_autocast_measures_the_autocast_gradient(architecture):
+    model = randomised(MODELS[architecture])
+    batch = batch_of()
+    with fg.Probe(model) as probe:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+    stats = probe.stats()
+    assert {c.status for c in stats.coverage.values()} == {"exact"}, stats.coverage
+    for j in range(3):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**one_example(batch, j)).loss
+        loss.backward()
+        largest = max(float(q.grad.norm()) for q in model.parameters() if q.grad is not None)
+        for p, q in enumerate(model.parameters()):
+            want = float(q.grad.norm())
+            got = stats.influence("example_mean")[p, j]
+            assert abs(got - want) <= 0.03 * max(want, 1e-2 * largest), stats.names[p]
+
+
+def test_nan_is_named_and_earlier_batches_are_kept():
+    model = randomised(MODELS["llama"])
+    probe = fg.Probe(model)
+    with probe:
+        model(**batch_of()).loss.backward()
+        with pytest.raises(NonFiniteGradientError, match=r"lm_head\.weight"):
+            (model(**batch_of()).loss * float("nan")).backward()
+        assert probe.stats().n_examples == 3
+        model.zero_grad()
+        model(**batch_of()).loss.backward()
+    assert probe.stats().n_examples == 6
+    with fg.Probe(model, on_nonfinite="skip") as probe:
+        model(**batch_of()).loss.backward()
+        (model(**batch_of()).loss * float("inf")).backward()
+    assert probe.stats().meta["skipped_batches"] == 1
+    assert probe.stats().n_batches == 1
+
+
+def test_norms_only_need_no_taps():
+    model = randomised(MODELS["llama"])
+    with fg.Probe(model, blocks="8x8", per_example=False) as probe:
+        model(**batch_of()).loss.backward()
+    stats = probe.stats()
+    assert stats.n_examples == 0
+    for p, q in enumerate(model.parameters()):
+        assert abs(stats.grad_norm[p] - float(q.grad.norm())) <= 1e-5 * float(q.grad.norm())
+        blocks = stats.block_grad_norm(stats.names[p])
+        assert abs(float((blocks**2).sum()) - float(q.grad.square().sum())) < 1e-4
+    with pytest.raises(StatsError, match="per_example=True"):
+        _ = stats.T
+
+
+def test_frozen_and_unused_parameters_are_reported():
+    model = randomised(MODELS["bert"])
+    model.bert.embeddings.requires_grad_(False)
+    model.extra = nn.Linear(3, 3)
+    with fg.Probe(model) as probe:
+        model(**batch_of()).loss.backward()
+    coverage = probe.stats().coverage
+    assert coverage["bert.embeddings.word_embeddings.weight"].status == "frozen"
+    assert coverage["extra.weight"].status == "unused"
+    assert coverage["bert.encoder.layer.0.output.dense.weight"].status == "exact"
+
+
+def test_activation_checkpointing_is_exact():
+    model = randomised(MODELS["llama"])
+    batch = batch_of()
+    with fg.Probe(model) as probe:
+        model(**batch).loss.backward()
+    want = probe.stats()
+    for reentrant in (False, True):
+        twin = copy.deepcopy(model)
+        twin.zero_grad()
+        twin.train()
+        twin.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with fg.Probe(twin, strict=True) as probe:
+            twin(**batch).loss.backward()
+        got = probe.stats()
+        assert {c.status for c in got.coverage.values()} == {"exact"}, reentrant
+        np.testing.assert_allclose(got.T, want.T, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda m: fg.Probe(m, blocks="tile"), BlockSpecError, "unknown block granularity"),
+        (lambda m: fg.Probe(m, params=["nothing.*"]), ProbeError, "matches no parameter"),
+        (lambda m: fg.Probe(m.requires_grad_(False)), ProbeError, "no parameter to probe"),
+        (lambda m: fg.Probe(nn.Flatten()), ProbeError, "no parameter to probe"),
+        (lambda m: fg.Probe(m, loss_reduction="mean"), ProbeError, "unknown loss_reduction"),
+        (lambda m: fg.Probe(torch.compile(m)), ProbeError, "compiled"),
+        (lambda m: fg.Probe(m, targets={"x": torch.zeros(2)}), ProbeError, "which the model lacks"),
+        (lambda m: fg.Probe(m).stats(), ProbeError, "no backward pass"),
+    ],
+)
+def test_wrong_use_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make(llama())
+
+
+def test_packed_rows_are_refused_by_name():
+    model = llama()
+    ids = torch.randint(3, 60, (1, 8))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with fg.Probe(model), pytest.raises(ProbeError, match="position_ids"):
+        model(input_ids=ids, labels=ids, position_ids=positions)
