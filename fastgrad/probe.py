@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -132,7 +133,11 @@ class Probe:
         self._recomputed: nn.Module | None = None
         self._handles: list[Any] = []
         self._batch: Batch | None = None
-        self._open: list[Batch] = []
+        # Batches live as long as their autograd graph: a forward pass that is never followed by
+        # a backward pass (an evaluation with gradients on) leaves nothing behind.
+        self._pending: weakref.WeakSet[Batch] = weakref.WeakSet()
+        self._firing: list[Batch] = []
+        self._forwards = 0
         self._pass: dict[str, tuple[Tensor, Tensor]] | None = None
         self._skipped = 0
         self._columns: list[dict[str, Any]] = []
@@ -170,11 +175,16 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._batch, self._open, self._pass = None, [], None
+        self._batch, self._pass = None, None
+        self._pending.clear()
+        self._firing.clear()
 
     # -- forward -------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._pass is not None and torch._C._current_graph_task_id() == -1:
+            self._pass = None  # the last backward pass broke off with an error
+            self._firing.clear()
         if not torch.is_grad_enabled():
             self._batch = None
             return
@@ -188,10 +198,16 @@ class Probe:
         _refuse_packed(kwargs, n)
         tokens = _label_tokens(kwargs.get("labels"), n, self.shift_labels, self.ignore_index)
         items = kwargs.get("num_items_in_batch")
+        self._forwards += 1
         self._batch = Batch(
-            n, tokens, None if items is None else float(items), self._targets, self._arrival
+            self._forwards,
+            n,
+            tokens,
+            None if items is None else float(items),
+            self._targets,
+            self._arrived,
         )
-        self._open.append(self._batch)
+        self._pending.add(self._batch)
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         # The first gradient to flow into an output marks the begin of the backward pass; taken
@@ -223,7 +239,8 @@ class Probe:
         if self._batch is None or id(tensor) not in self._targets:
             return None
         record = self._batch.lookup(tensor)
-        if record is not None and len(self._open) > 1 and torch._C._current_graph_task_id() != -1:
+        several = len(self._pending) > 1
+        if record is not None and several and torch._C._current_graph_task_id() != -1:
             record.refuse("its forward pass was recomputed in a backward pass over several batches")
         return record
 
@@ -239,6 +256,12 @@ class Probe:
 
     def _arrival_hook(self, grad: Tensor) -> None:
         self._arrival()
+
+    def _arrived(self, batch: Batch) -> None:
+        self._arrival()
+        if batch in self._pending:
+            self._pending.remove(batch)
+            self._firing.append(batch)
 
     def _arrival(self) -> None:
         if self._pass is None:
@@ -272,7 +295,7 @@ class Probe:
         return hook
 
     def _record(self, name: str) -> ParamRecord | None:
-        for batch in self._open:
+        for batch in self._firing:
             record = batch.records.get(name)
             if record is not None and record.expected:
                 return record
@@ -281,12 +304,7 @@ class Probe:
     def _finish(self) -> None:
         """End of a backward pass: what the records hold becomes columns of the statistics."""
         arrived, self._pass = self._pass or {}, None
-        batches = [b for b in self._open if b.fired or not self.per_example]
-        if not self.per_example:
-            batches = batches[-1:]
-        for batch in batches:
-            self._open.remove(batch)
-            batch.closed = True
+        batches, self._firing = sorted(self._firing, key=lambda b: b.index), []
         bad = [name for name, (sq, _) in arrived.items() if not bool(torch.isfinite(sq).all())]
         if bad:
             if self.on_nonfinite == "raise":
@@ -296,39 +314,36 @@ class Probe:
             self._skipped += 1
             return
         self._used |= set(arrived)
-        if self.per_example and not batches:
-            for name in arrived:
+        if self.per_example:
+            seen = set().union(*(b.arrived for b in batches))
+            for name in set(arrived) - seen:
                 self._refuse(
                     name,
-                    "its gradient came from a forward pass that was not the probed "
-                    "model's, or was used for a second backward pass",
+                    "it received a gradient that no tap saw: from a function without a tap, from "
+                    "outside the probed model's forward pass, or in a second backward pass",
                 )
         number = len(self._passes)
         self._check(batches, arrived)
-        for batch in batches if self.per_example else []:
-            self._columns.append(self._column(batch, arrived, number))
+        for batch in batches:
+            self._columns.append(self._column(batch, number))
         self._passes.append({name: sq.double().cpu().numpy() for name, (sq, _) in arrived.items()})
 
-    def _column(
-        self, batch: Batch, arrived: Mapping[str, tuple[Tensor, Tensor]], number: int
-    ) -> dict[str, Any]:
+    def _column(self, batch: Batch, number: int) -> dict[str, Any]:
         sq: dict[str, np.ndarray] = {}
         blocks: dict[str, np.ndarray] = {}
         dots: dict[str, np.ndarray] = {}
         for target in self._targets.values():
             name = target.name
-            record = batch.records.get(name)
+            record = batch.arrived.get(name)
             result = record.finish() if record is not None else None
             if result is None:
-                if name in arrived and len(self._open) == 0:
-                    self._refuse(name, "it received a gradient from a use that no tap saw")
                 continue
             values, products = result
             sq[name] = values.sum(0, dtype=torch.float64).cpu().numpy()
             dots[name] = products.double().cpu().numpy()
             if name in self._detail and not target.grid.is_whole:
                 blocks[name] = values.float().cpu().numpy()
-        batch.records.clear()  # activations and gradients kept for cross terms go now
+        batch.arrived.clear()  # activations and gradients kept for cross terms go now
         mean, total = _factors(batch, self.loss_reduction)
         return {
             "n": batch.n_examples,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,8 @@ class ParamRecord:
     def _arrived(self, dtype: torch.dtype) -> None:
         self.fired += 1
         self._rounded |= dtype in (torch.bfloat16, torch.float16)
-        self.batch.on_arrival()
+        self.batch.arrived[self.target.name] = self
+        self.batch.on_arrival(self.batch)
 
     def _add(self, sq: Tensor, dots: Tensor) -> None:
         self.sq = sq if self.sq is None else self.sq + sq
@@ -263,17 +265,22 @@ def _split(matrix: Tensor, rows: Rows) -> Tensor:
     return _wide(matrix).unflatten(0, (rows.n_examples, rows.per_example))
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
-    """One forward pass of the probed model and what its backward pass brought."""
+    """One forward pass of the probed model and what its backward pass brought.
 
+    The autograd graph keeps the records and these the batch, so that a forward pass that is never
+    followed by a backward pass is forgotten together with its graph.
+    """
+
+    index: int  # counts forward passes
     n_examples: int
     label_tokens: list[int] | None
     loss_items: float | None  # what a token-mean loss divides by, if the caller gave it
     targets: Mapping[int, Target]
-    on_arrival: Callable[[], None]
-    closed: bool = False
-    records: dict[str, ParamRecord] = field(default_factory=dict)
+    on_arrival: Callable[[Batch], None]
+    records: WeakValueDictionary[str, ParamRecord] = field(default_factory=WeakValueDictionary)
+    arrived: dict[str, ParamRecord] = field(default_factory=dict)
 
     def lookup(self, tensor: Tensor) -> ParamRecord | None:
         target = self.targets.get(id(tensor))
@@ -284,18 +291,14 @@ class Batch:
             record = self.records[target.name] = ParamRecord(target, self)
         return record
 
-    @property
-    def fired(self) -> bool:
-        return any(record.fired for record in self.records.values())
-
     def mismatches(self, arrived: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Self-check: parameters whose summed taps differ from autograd's gradient, and how much.
 
         ``arrived`` maps names to (squared norms of the gradient, its entries at the sample).
         """
         found = {}
-        for name, record in self.records.items():
-            if record.target.self_check and record.fired and name in arrived:
+        for name, record in self.arrived.items():
+            if record.target.self_check and name in arrived:
                 sq, entries = arrived[name]
                 error = record.mismatch(entries, sq.sum().sqrt())
                 if error is not None:

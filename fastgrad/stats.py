@@ -152,7 +152,7 @@ class GradientStats:
         if scale == "contribution":
             return np.ones(self.n_examples)
         if scale not in ("example_mean", "example_sum"):
-            raise StatsError(f"unknown scale {scale!r}: contribution, example_mean, example_sum")
+            raise StatsError(f"scale {scale!r}: use contribution, example_mean or example_sum")
         factor = self.mean_factor if scale == "example_mean" else self.sum_factor
         if np.isnan(factor).any():
             raise StatsError(
@@ -211,25 +211,27 @@ class GradientStats:
 
     # -- noise ---------------------------------------------------------------------------
 
-    def _loss_weights(self) -> tuple[Array, Array]:
-        """Weights w_j of the examples in their batch's mean, and ``Σ w_j²`` per batch."""
+    def _loss_weights(self) -> tuple[float, float]:
+        """With weights w_j of the examples in their backward pass's loss (contribution c_j is
+        w_j times the gradient of the example's own mean loss): ``Σ_j w_j²`` over everything, and
+        the sum over passes of ``Σ_{j≠k} w_j w_k``."""
         weights = 1.0 / self._factor("example_mean")
-        squares = np.bincount(self.batch, weights**2, self.n_batches)
-        return weights, squares.astype(np.float64)
+        squares = float((weights**2).sum())
+        totals = np.bincount(self.batch, weights, self.n_batches)
+        return squares, float((totals**2).sum()) - squares
 
     @property
     def signal_sq(self) -> Array:
         """``[P]`` unbiased estimate of the squared norm of the expected gradient, ``‖μ‖²``.
 
         From pairs of different examples: ``Σ_{j≠k}⟨c_j, c_k⟩ = ‖g‖² − Σ‖c_j‖²`` has expectation
-        ``‖μ‖²(1 − Σ w_j²)``. May be negative where noise dominates: that is what unbiased means.
+        ``‖μ‖² Σ_{j≠k} w_j w_k``. May be negative where noise dominates: unbiased means that too.
 
         Raises:
             StatsError: without per-example norms, a known reduction, or two examples a batch.
         """
-        _, squares = self._loss_weights()
-        pairs = float((1 - squares).sum())
-        if pairs <= 0:
+        _, pairs = self._loss_weights()
+        if pairs <= 1e-12:
             raise StatsError("the noise-free norm needs batches of at least two examples")
         return (self.batch_sq.sum(1) - self.sq.sum(1)) / pairs
 
@@ -237,19 +239,19 @@ class GradientStats:
     def noise_scale_by_parameter(self) -> Array:
         """``[P]`` gradient noise scale ``tr Σ / ‖μ‖²`` in examples (McCandlish et al., arXiv
         1812.06162, eq. 2.9); infinity where no signal was detected."""
-        weights, _ = self._loss_weights()
+        squares, _ = self._loss_weights()
         signal = self.signal_sq
-        trace = np.maximum(self.sq.sum(1) / float((weights**2).sum()) - signal, 0)
+        trace = np.maximum(self.sq.sum(1) / squares - signal, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(signal > 0, trace / signal, np.inf)
 
     @property
     def noise_scale(self) -> float:
         """Gradient noise scale of all covered parameters together, in examples."""
-        weights, _ = self._loss_weights()
+        squares, _ = self._loss_weights()
         known = ~np.isnan(self.sq).any(1)
         signal = float(self.signal_sq[known].sum())
-        trace = float(self.sq[known].sum() / (weights**2).sum()) - signal
+        trace = float(self.sq[known].sum()) / squares - signal
         return max(trace, 0.0) / signal if signal > 0 else float("inf")
 
     def halves(self, seed: int = 0) -> tuple[Array, Array]:

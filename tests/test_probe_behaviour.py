@@ -433,6 +433,62 @@ def test_wrong_use_is_refused(make, error, message):
         make(llama())
 
 
+def test_two_forward_passes_one_backward_pass():
+    """Each forward pass has its own examples; the gradient of both is one batch gradient."""
+    model = randomised(MODELS["llama"])
+    first, second = batch_of(2, seed=1), batch_of(3, seed=2)
+    with fg.Probe(model, strict=True) as probe:
+        (model(**first).loss + model(**second).loss).backward()
+    stats = probe.stats()
+    assert stats.n_batches == 1
+    assert stats.n_examples == 5
+    column = 0
+    for batch in (first, second):
+        for j in range(len(batch["input_ids"])):
+            model.zero_grad()
+            model(**one_example(batch, j)).loss.backward()
+            want = [float(p.grad.norm()) for p in model.parameters()]
+            got = stats.influence("example_mean")[:, column]
+            np.testing.assert_allclose(got, want, rtol=2e-4)
+            column += 1
+
+
+def test_a_second_backward_pass_and_an_outside_gradient_are_missing():
+    model = randomised(MODELS["llama"])
+    with fg.Probe(model) as probe:
+        loss = model(**batch_of()).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert {c.status for c in probe.stats().coverage.values()} == {"missing"}
+    with fg.Probe(model) as probe:
+        penalty = model.lm_head.weight.square().sum()
+        (model(**batch_of()).loss + penalty).backward()
+    coverage = probe.stats().coverage
+    assert coverage["lm_head.weight"].status == "missing"
+    assert coverage["model.norm.weight"].status == "exact"
+
+
+def test_a_broken_backward_pass_does_not_spoil_the_next():
+    model = randomised(MODELS["llama"])
+
+    def explode(grad):
+        raise KeyboardInterrupt
+
+    with fg.Probe(model) as probe:
+        handle = model.model.norm.weight.register_hook(explode)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch_of()).loss.backward()
+        handle.remove()
+        model.zero_grad()
+        for _ in range(3):
+            assert model(**batch_of()).loss > 0  # forward passes that come to nothing
+        model(**batch_of()).loss.backward()
+        assert not probe._pending
+    stats = probe.stats()
+    assert stats.n_examples == 3
+    assert {c.status for c in stats.coverage.values()} == {"exact"}
+
+
 def test_packed_rows_are_refused_by_name():
     model = llama()
     ids = torch.randint(3, 60, (1, 8))
