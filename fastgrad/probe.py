@@ -24,6 +24,15 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import _get_current_function_mode_stack
 
+from fastgrad.batches import (
+    Reduction,
+    factors,
+    input_tensors,
+    label_tokens,
+    output_tensors,
+    refuse_packed,
+    shifts_labels,
+)
 from fastgrad.blocks import BlockGrid, check_spec
 from fastgrad.errors import CoverageError, NonFiniteGradientError, ProbeError
 from fastgrad.identity import model_parameters, weights_hash
@@ -33,7 +42,6 @@ from fastgrad.taps import TapMode
 from fastgrad_kernels import ops
 from fastgrad_kernels.layout import matrix_view, sum_of_squares
 
-Reduction = Literal["token_mean", "row_mean", "sum"]
 Direction = Mapping[str, Tensor]
 SELF_CHECK_LIMIT = 1 << 28  # elements; larger models check a sample of parameters per pass
 
@@ -98,7 +106,7 @@ class Probe:
         self.model, self.spec, self.per_example = model, blocks, per_example
         self.loss_reduction, self.ignore_index = loss_reduction, ignore_index
         self.strict, self.on_nonfinite = strict, on_nonfinite
-        self.shift_labels = _shifts_labels(model) if shift_labels is None else shift_labels
+        self.shift_labels = shifts_labels(model) if shift_labels is None else shift_labels
         everything = model_parameters(model)
         names = [n for n, p in everything.items() if p.requires_grad and _matches(n, params)]
         _check_patterns(params, everything, "params")
@@ -188,15 +196,15 @@ class Probe:
         if not torch.is_grad_enabled():
             self._batch = None
             return
-        inputs = _input_tensors(args, kwargs)
+        inputs = input_tensors(args, kwargs)
         if not inputs:
             raise ProbeError(
                 f"{type(module).__name__} was called without a tensor argument, so the examples "
                 "of the batch cannot be counted. Remedy: pass inputs as tensors"
             )
         n = inputs[0].shape[0]
-        _refuse_packed(kwargs, n)
-        tokens = _label_tokens(kwargs.get("labels"), n, self.shift_labels, self.ignore_index)
+        refuse_packed(kwargs, n)
+        tokens = label_tokens(kwargs.get("labels"), n, self.shift_labels, self.ignore_index)
         items = kwargs.get("num_items_in_batch")
         self._forwards += 1
         self._batch = Batch(
@@ -213,7 +221,7 @@ class Probe:
         # The first gradient to flow into an output marks the begin of the backward pass; taken
         # here, because an activation checkpoint runs smaller backward passes inside.
         if torch.is_grad_enabled():
-            for tensor in _output_tensors(output):
+            for tensor in output_tensors(output):
                 if tensor.requires_grad and tensor.grad_fn is not None:
                     tensor.register_hook(self._arrival_hook)
 
@@ -344,7 +352,7 @@ class Probe:
             if name in self._detail and not target.grid.is_whole:
                 blocks[name] = values.float().cpu().numpy()
         batch.arrived.clear()  # activations and gradients kept for cross terms go now
-        mean, total = _factors(batch, self.loss_reduction)
+        mean, total = factors(batch, self.loss_reduction)
         return {
             "n": batch.n_examples,
             "pass": number,
@@ -375,6 +383,7 @@ class Probe:
 
         Raises:
             ProbeError: if no backward pass has been seen.
+            CoverageError: if not one parameter's influence could be attributed to examples.
         """
         if not self._passes:
             raise ProbeError(
@@ -385,6 +394,13 @@ class Probe:
                     if self._skipped
                     else ""
                 )
+            )
+        if self.per_example and self._used and self._used <= set(self._missing):
+            name, reason = next(iter(self._missing.items()))
+            raise CoverageError(
+                f"no layer of {type(self.model).__name__} is supported: the influence of all "
+                f"{len(self._used)} parameters is missing, first {name}: {reason}. Remedy: "
+                "per_example=False still measures gradient norms"
             )
         names = [t.name for t in self._targets.values()]
         n_examples = sum(c["n"] for c in self._columns)
@@ -479,70 +495,6 @@ class Probe:
             for d in self._directions.values()
         ]
         return torch.stack([r.float() for r in rows])
-
-
-# -- what a batch looks like -------------------------------------------------------------
-
-
-def _input_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Tensor inputs, the main ones first."""
-    first = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-    named = [kwargs[k] for k in first if k in kwargs]
-    values = [*named, *args, *kwargs.values()]
-    return [v for v in values if isinstance(v, Tensor) and v.ndim >= 1]
-
-
-def _output_tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-        return []
-    return [v for v in values if isinstance(v, Tensor)]
-
-
-def _label_tokens(
-    labels: Any, n_examples: int, shifted: bool, ignore_index: int
-) -> list[int] | None:
-    if not isinstance(labels, Tensor) or labels.ndim < 1 or labels.shape[0] != n_examples:
-        return None
-    rows = labels.reshape(n_examples, -1)
-    if shifted:
-        rows = rows[:, 1:]
-    return [int(c) for c in (rows != ignore_index).sum(1).tolist()]
-
-
-def _factors(batch: Batch, reduction: Reduction) -> tuple[list[float], list[float]]:
-    """What turns a contribution into the gradient of the example's own mean and summed loss."""
-    n, tokens = batch.n_examples, batch.label_tokens
-    nan = [float("nan")] * n
-    if reduction == "row_mean":
-        return [float(n)] * n, [float(n * t) for t in tokens] if tokens else nan
-    if tokens is None:
-        return (nan, [1.0] * n) if reduction == "sum" else (nan, nan)
-    divisor = 1.0 if reduction == "sum" else float(batch.loss_items or sum(tokens))
-    return [divisor / t if t else float("nan") for t in tokens], [divisor] * n
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the model's own loss shifts labels by one, read from its loss function."""
-    loss = getattr(model, "loss_function", None)
-    return getattr(loss, "__name__", "") == "ForCausalLMLoss"
-
-
-def _refuse_packed(kwargs: Mapping[str, Any], n_examples: int) -> None:
-    packed = [k for k in ("cu_seq_lens_q", "cu_seqlens", "seq_idx") if kwargs.get(k) is not None]
-    positions = kwargs.get("position_ids")
-    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] > 1:
-        step = positions[:, 1:] - positions[:, :-1]
-        # Left padding repeats a position; only a fall back to zero starts a new sequence.
-        if bool(((step < 0) & (positions[:, 1:] == 0)).any()):
-            packed.append("position_ids")
-    if packed:
-        raise ProbeError(
-            f"packed rows ({', '.join(packed)}): several examples share a row, and this version "
-            "tells examples apart by rows only. Remedy: probe with one example per row (padded)"
-        )
 
 
 def _refuse_compiled(model: nn.Module) -> None:

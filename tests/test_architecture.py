@@ -17,7 +17,7 @@ RANKS: list[set[str]] = [
     {"fastgrad_kernels"},
     {"errors"},
     {"files", "identity", "blocks"},
-    {"taps", "records"},
+    {"taps", "records", "batches"},
     {"stats"},
     {"concentration"},
     {"probe", "heavytail", "resources"},
