@@ -671,7 +671,7 @@ def test_bootstrap_needs_a_resample() -> None:
 
 def test_page_top_tenth_of_a_power_law() -> None:
     for exponent, share, local in ((2, "82.7 %", "0.0825"), (4, "98.3 %", "0.0073"),
-                                   (6, "99.8 %", "0.0007")):  # fmt: skip
+                                   (6, "99.8 %", "0.0007")):
         n = 10**exponent
         curve = ht.lorenz(rank_curve(n, 1.5), np.ones(n))
         top = curve.share_at(0.1)

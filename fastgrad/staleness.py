@@ -1,0 +1,275 @@
+"""Does a released blueprint still hold here: agreement beside the noise of the local sample.
+
+A rank correlation by itself says little: 0.8 is drift if two halves of the local sample agree
+to 0.99, and nothing at all if they agree to 0.75. So every statistic stands beside the same
+statistic between random halves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr, weightedtau
+
+from fastgrad.stats import GradientStats
+
+if TYPE_CHECKING:
+    from fastgrad.blueprint import Blueprint
+
+Array = NDArray[np.float64]
+Verdict = Literal["fresh", "drifted", "different model", "sample too small"]
+
+#: The part of the submodules whose membership a selection lives by: the usual budget.
+TOP = 0.2
+
+#: Below this reliability of the whole local sample even a perfect blueprint could correlate with
+#: it by no more than √0.7 = 0.84, which cannot be told from moderate drift.
+MIN_RELIABILITY = 0.7
+
+#: Rank correlations over fewer submodules are dominated by single ones.
+MIN_SUBMODULES = 5
+
+#: Halves need two units each for their means to vary less than single units do.
+MIN_UNITS = 4
+
+#: Allowed drop below the agreement of two halves of a sample. 0.1 in Spearman is what replacing a
+#: tenth of the variance of the ranks by noise costs.
+SPEARMAN_TOLERANCE = 0.1
+
+#: Weighted tau falls about twice as fast as Spearman near 1 (τ = 2/π·arcsin r: from r = .95 to
+#: .85 it falls by .15, from 1 to .9 by .29).
+TAU_TOLERANCE = 0.2
+
+#: A top set of which the share s is replaced has Jaccard (1 − s)/(1 + s): 0.2 forgives one
+#: member in ten, which costs a selection little.
+JACCARD_TOLERANCE = 0.2
+
+#: One-sided 95 % point of a standard normal: chance level of Spearman is this over √(n − 1).
+CHANCE = 1.645
+
+
+class Agreement(NamedTuple):
+    """How well two scorings of the same submodules agree."""
+
+    spearman: float
+    weighted_tau: float
+    top_jaccard: float
+
+
+@dataclass(frozen=True)
+class SplitHalf:
+    """Mean agreement (rms scores) between random halves of a sample.
+
+    Attributes:
+        basis: what was divided: ``batches``, or ``examples`` where there were too few batches.
+        n: how many of them.
+        repeats: number of random divisions.
+    """
+
+    basis: Literal["batches", "examples"]
+    n: int
+    repeats: int
+    spearman: float
+    weighted_tau: float
+    top_jaccard: float
+
+    @property
+    def reliability(self) -> float:
+        """Rank reliability of the *whole* sample, by the Spearman-Brown formula 2r/(1 + r)."""
+        r = max(self.spearman, 0.0)
+        return 2 * r / (1 + r)
+
+    def needed(self, target: float = MIN_RELIABILITY) -> int | None:
+        """Units that a sample of reliability ``target`` would have; None if nothing can be said."""
+        if not 0 < self.spearman < 1:
+            return None
+        factor = target * (1 - self.spearman) / (self.spearman * (1 - target))
+        return math.ceil(factor * self.n / 2)
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """Comparison of a released blueprint with a local sample.
+
+    Attributes:
+        verdict: ``fresh``, ``drifted``, ``different model`` or ``sample too small``.
+        reason: the verdict in words.
+        spearman, weighted_tau, top_jaccard: agreement of rms scores (top 20 % for Jaccard); None
+            if they could not be computed.
+        local: the same between halves of the local sample.
+        released: the same between halves of the blueprint's sample, if it says so.
+        n_compared: submodules compared.
+        weights_match: whether both were measured on the same weights; None if not known.
+        more_needed: further batches or examples (see ``local.basis``) that would settle it,
+            where the sample is too small and that can be said.
+    """
+
+    verdict: Verdict
+    reason: str
+    spearman: float | None
+    weighted_tau: float | None
+    top_jaccard: float | None
+    local: SplitHalf | None
+    released: SplitHalf | None
+    n_compared: int
+    weights_match: bool | None
+    more_needed: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return asdict(self)
+
+
+def agreement(a: Array, b: Array) -> Agreement | None:
+    """Agreement of two score vectors; None where ranks mean nothing."""
+    if a.size < MIN_SUBMODULES or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    top = max(1, round(TOP * a.size))
+    best_a, best_b = (set(np.argsort(-x, kind="stable")[:top].tolist()) for x in (a, b))
+    return Agreement(
+        float(spearmanr(a, b).statistic),
+        float(weightedtau(a, b).statistic),
+        len(best_a & best_b) / len(best_a | best_b),
+    )
+
+
+def split_half(stats: GradientStats, repeats: int = 20, seed: int = 0) -> SplitHalf | None:
+    """Agreement between random halves of the sample; None if it is too small to be divided.
+
+    Halves of the batches, since batch gradients are what is ranked; halves of the examples'
+    contributions where there are fewer than four batches.
+    """
+    basis: Literal["batches", "examples"]
+    if stats.n_batches >= MIN_UNITS:
+        basis, source = "batches", stats.batch_sq
+    elif stats.n_examples >= MIN_UNITS:
+        basis, source = "examples", stats.sq
+    else:
+        return None
+    size = np.maximum(stats.numel, 1)
+    dead = set(stats.dead)
+    live = np.array([n not in dead for n in stats.names]) & ~np.isnan(source).any(1)
+    rng = np.random.default_rng(seed)
+    n, found = source.shape[1], []
+    for _ in range(repeats):
+        order = rng.permutation(n)
+        halves = (order[: n // 2], order[n // 2 :])
+        a, b = (np.sqrt(source[:, half].mean(1) / size)[live] for half in halves)
+        found.append(agreement(a, b))
+    known = [f for f in found if f is not None]
+    if not known:
+        return None
+    spearman, tau, jaccard = np.mean(known, axis=0).tolist()
+    return SplitHalf(basis, n, repeats, spearman, tau, jaccard)
+
+
+def compare(blueprint: Blueprint, local: GradientStats) -> Staleness:
+    """See :meth:`fastgrad.Blueprint.staleness`."""
+    hashes = blueprint.weights_hash, local.meta.get("weights_hash")
+    match = None if None in hashes else hashes[0] == hashes[1]
+    released = blueprint.split_half
+    shapes = dict(zip(blueprint.names, blueprint.shapes, strict=True))
+
+    def result(verdict: Verdict, reason: str, found: Agreement | None = None, n: int = 0,
+               halves: SplitHalf | None = None, more: int | None = None) -> Staleness:  # fmt: skip
+        s, t, j = found or (None, None, None)
+        return Staleness(verdict, reason, s, t, j, halves, released, n, match, more)
+
+    for name, shape in zip(local.names, local.shapes, strict=True):
+        if name not in shapes:
+            return result("different model", f"{name!r} is not in the blueprint")
+        if tuple(shape) != shapes[name]:
+            return result("different model", f"{name} has shape {tuple(shape)} here and "
+                          f"{shapes[name]} in the blueprint")  # fmt: skip
+    dead = set(blueprint.dead) & set(local.dead)
+    theirs = blueprint.scores("rms", "module")
+    norms = zip(local.names, local.grad_norm, local.numel, strict=True)
+    ours = {n: norm / math.sqrt(size) for n, norm, size in norms if size}
+    common = [n for n in local.names if n in theirs and n in ours and n not in dead]
+    a = np.array([theirs[n][0] for n in common])
+    b = np.array([ours[n] for n in common])
+    found, halves, n = agreement(a, b), split_half(local), len(common)
+    if found is None or halves is None:
+        what = (
+            f"only {n} submodules can be compared" if n < MIN_SUBMODULES
+            else "the scores are all equal" if found is None
+            else f"{local.n_batches} batches and {local.n_examples} examples cannot be halved; at "
+            f"least {MIN_UNITS} are needed"
+        )  # fmt: skip
+        return result("sample too small", what, found, n, halves)
+    if halves.reliability < MIN_RELIABILITY:
+        needed = halves.needed()
+        more = None if needed is None else max(needed - halves.n, 1)
+        return result(
+            "sample too small",
+            f"the local ranks reproduce themselves only to {halves.reliability:.2f} (needed: "
+            f"{MIN_RELIABILITY}); "
+            + (f"about {more} more {halves.basis} would settle it" if more else
+               "the halves do not agree at all, so the number that would settle it is unknown"),
+            found, n, halves, more,
+        )  # fmt: skip
+    if match is False and found.spearman < CHANCE / math.sqrt(n - 1):
+        return result("different model", f"other weights, and ranks that agree no better than "
+                      f"chance (Spearman {found.spearman:.2f})", found, n, halves)  # fmt: skip
+    return result(*_judge(found, halves, released, match), found, n, halves)
+
+
+def _judge(
+    found: Agreement, local: SplitHalf, released: SplitHalf | None, match: bool | None
+) -> tuple[Verdict, str]:
+    # Two halves differ more than two whole samples do, so a drop below them is no noise. The
+    # noisier of the two samples sets the bar.
+    halves: Sequence[SplitHalf] = [local] if released is None else [local, released]
+    parts, low = [], []
+    for label, value, tolerance, bar in (
+        ("Spearman", found.spearman, SPEARMAN_TOLERANCE, min(h.spearman for h in halves)),
+        ("weighted tau", found.weighted_tau, TAU_TOLERANCE, min(h.weighted_tau for h in halves)),
+        ("top-20 % Jaccard", found.top_jaccard, JACCARD_TOLERANCE,
+         min(h.top_jaccard for h in halves)),
+    ):  # fmt: skip
+        text = f"{label} {value:.2f} (halves {bar:.2f})"
+        parts.append(text)
+        if value < bar - tolerance:
+            low.append(text)
+    note = " The weights differ from the blueprint's." if match is False else ""
+    if low:
+        return "drifted", f"agreement falls below the sample's own: {', '.join(low)}.{note}"
+    return "fresh", f"agrees as well as the sample with itself: {', '.join(parts)}.{note}"
+
+
+# -- weights for a blend ---------------------------------------------------------------------
+
+
+def share_variance(batch_sq: Array) -> Array | None:
+    """Sampling variance of each submodule's share of the squared gradient norm.
+
+    ``batch_sq`` is ``[P, N]``. The share m_i = Σ_b x_ib / Σ_b X_b, X_b = Σ_i x_ib, is a ratio
+    estimator; linearised (Cochran, Sampling Techniques, section 2.11):
+    ``Var m_i = Σ_b (x_ib − m_i X_b)² / (N (N − 1) X̄²)``. None with fewer than two batches.
+    """
+    n = batch_sq.shape[1]
+    total = batch_sq.sum(0)
+    if n < 2 or not total.sum() > 0:
+        return None
+    share = batch_sq.sum(1) / total.sum()
+    rest = (batch_sq - share[:, None] * total) / total.mean()
+    return (rest**2).sum(1) / (n * (n - 1))
+
+
+def auto_weight(squared_distance: float, local: float, released: float | None) -> float:
+    """Weight of the released measurement that minimises the expected squared error of a blend.
+
+    The local shares are unbiased for the local data and have variance V_l. The released ones
+    have variance V_r and, coming from other data, a bias b: their error is V_r + b². Since
+    E‖released − local‖² = V_l + V_r + b², that error is estimated by
+    max(‖released − local‖² − V_l, V_r), and inverse-variance weighting gives
+
+        weight = V_l / max(‖released − local‖², V_l + V_r).
+    """
+    error = max(squared_distance, local + (released or 0.0))
+    return local / error if error > 0 else 0.5

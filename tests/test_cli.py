@@ -1,0 +1,344 @@
+"""The command line: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgrad as fg
+from fastgrad import cli
+from fastgrad.blueprint import Blueprint
+from fastgrad.blueprint_schema import json_schema
+from fastgrad.selection import Selection, select
+from fastgrad.stats import GradientStats
+from tests.models import MODELS, VOCAB, randomised
+
+COMMANDS = [
+    ["blueprint", "create"], ["blueprint", "show"], ["blueprint", "validate"],
+    ["blueprint", "verify"], ["blueprint", "schema"], ["select"], ["plan"], ["probe"],
+    ["quickstart"],
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: (exit code, standard output, standard error)."""
+
+    def call(*args):
+        code = 0
+        try:
+            cli.main([str(a) for a in args])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def save_model(folder: Path, architecture: str) -> Path:
+    """A tiny model with a word tokenizer, as transformers saves them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<mask>", "<unk>", *(f"w{i}" for i in range(VOCAB - 5))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", mask_token="<mask>"
+    ).save_pretrained(folder)
+    randomised(MODELS[architecture]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "sample.txt"
+    path.write_text(" ".join(f"w{(7 * i * i + 3 * i) % 50}" for i in range(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("llama"), "llama-tied")
+
+
+@pytest.fixture(scope="module")
+def released(llama_dir, text_file):
+    """The model's folder with statistics and blueprint in it, made by the command line."""
+    for args in (
+        ["probe", llama_dir, text_file, "-o", llama_dir / "stats.safetensors", "--length", "16",
+         "--rows", "4", "--blocks", "8x8"],
+        ["blueprint", "create", llama_dir / "stats.safetensors", "-o", llama_dir, "--domain",
+         "words", "--domain", "toy", "--created", "2025-01-02", "--name", "org/tiny"],
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in args])
+        assert not stop.value.code
+    return llama_dir
+
+
+# -- help, version, errors -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_shows_an_example(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert f"Example: fastgrad {' '.join(command)}" in " ".join(out.split())
+
+
+def test_version(run):
+    assert run("--version") == (0, f"fastgrad {fg.__version__}\n", "")
+
+
+def test_usage_errors_are_exit_code_2(run, released):
+    assert run("select")[0] == 2
+    assert run("nonsense")[0] == 2
+    assert run("plan", released, "--batch", "8*9")[0] == 2
+    assert run("plan", released, "--master", "int8")[0] == 2
+    assert run("select", released, "--fraction", "0.1", "--local",
+               released / "stats.safetensors", "--weight", "some")[0] == 2  # fmt: skip
+
+
+def test_our_errors_are_one_line_and_exit_code_1(run, tmp_path):
+    code, out, err = run("blueprint", "show", tmp_path)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "no file gradient_blueprint.json" in err
+    assert "Traceback" not in err
+
+
+def test_error_in_a_real_process_is_red_on_a_terminal(tmp_path):
+    (tmp_path / "gradient_blueprint.json").write_text("{[red]}")
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgrad.cli", "blueprint", "validate", str(tmp_path)],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        env=os.environ | {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "40"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "\x1b[31m" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_extra_is_named(run, released, text_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for args in (["probe", released, text_file], ["plan", released],
+                 ["blueprint", "verify", released]):  # fmt: skip
+        code, _, err = run(*args)
+        assert code == 1
+        assert "pip install 'fastgrad[hf]'" in err
+    assert run("blueprint", "show", released)[0] == 0  # needs no extra
+
+
+# -- probe ---------------------------------------------------------------------------------------
+
+
+def test_probe_measures_what_a_loop_does(run, released, text_file):
+    stats = GradientStats.load(released / "stats.safetensors")
+    assert (stats.n_examples, stats.n_batches, stats.spec) == (25, 7, "8x8")
+    ids = torch.tensor([5 + (7 * i * i + 3 * i) % 50 for i in range(400)]).reshape(25, 16)
+    model = _loaded(released)
+    with fg.Probe(model, blocks="8x8") as probe:
+        for rows in ids.split(4):
+            model.zero_grad()
+            model(input_ids=rows, labels=rows).loss.backward()
+    expected = probe.stats()
+    assert stats.names == expected.names
+    torch.testing.assert_close(
+        torch.from_numpy(stats.T), torch.from_numpy(expected.T), rtol=1e-5, atol=1e-9
+    )
+
+
+def _loaded(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_probe_json_and_limit(run, released, text_file, tmp_path):
+    code, out, err = run("probe", released, text_file, "-o", tmp_path / "s", "--length", 16,
+                         "--limit", 6, "--rows", 4, "--json")  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["n_examples"] == 6
+    assert found["n_batches"] == 2
+    assert found["coverage"] == {"exact": len(GradientStats.load(tmp_path / "s").names)}
+
+
+def test_probe_of_a_masked_model(run, tmp_path, text_file):
+    folder = save_model(tmp_path / "bert", "bert")
+    for output in ("a", "b"):
+        code, _, err = run("probe", folder, text_file, "-o", tmp_path / output, "--length", 16)
+        assert code == 0, err
+    a, b = (GradientStats.load(tmp_path / name) for name in ("a", "b"))
+    assert (a.label_tokens >= 1).all()
+    assert (a.label_tokens < 16).any()
+    assert 0.08 < a.label_tokens.mean() / 16 < 0.25
+    assert (a.sq == b.sq).all()  # the masks come from the seed
+
+
+def test_probe_refuses(run, released, text_file, tmp_path):
+    (tmp_path / "short.txt").write_text("w1 w2")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    for args, message in (
+        ([released, tmp_path / "short.txt"], "2 tokens, fewer than one row of 128"),
+        ([released, tmp_path / "binary.txt"], "not UTF-8"),
+        ([tmp_path, text_file], "no config.json"),
+        ([tmp_path / "broken", text_file], "cannot be read"),
+        ([released, text_file, "--blocks", "rows"], "unknown block granularity"),
+    ):
+        code, _, err = run("probe", *args, "-o", tmp_path / "out")
+        assert (code, err.count("error: ")) == (1, 1)
+        assert message in err
+        assert not (tmp_path / "out").exists()
+
+
+# -- blueprint -----------------------------------------------------------------------------------
+
+
+def test_create_and_show(run, released):
+    blueprint = Blueprint.from_pretrained(released)
+    assert blueprint.domain_tags == ["words", "toy"]
+    assert blueprint.file.model.name_or_path == "org/tiny"
+    assert blueprint.file.provenance.created == "2025-01-02"
+    assert blueprint.spec == "8x8"
+    code, out, _ = run("blueprint", "show", released)
+    assert code == 0
+    assert out.rstrip("\n") == blueprint.summary()
+    code, out, _ = run("blueprint", "show", released, "--json")
+    assert out == (released / "gradient_blueprint.json").read_text()
+
+
+def test_create_json(run, released, tmp_path):
+    code, out, _ = run("blueprint", "create", released / "stats.safetensors", "-o", tmp_path,
+                       "--tokens-per-step", 4096, "--json")  # fmt: skip
+    assert code == 0
+    made = Blueprint.from_pretrained(json.loads(out)["path"])
+    assert made.k_star["flops"].tokens_per_step == 4096
+    code, _, err = run("blueprint", "create", tmp_path / "none", "-o", tmp_path)
+    assert code == 1
+    assert "no statistics file" in err
+
+
+def test_validate_and_schema(run, released, tmp_path):
+    code, out, _ = run("blueprint", "validate", released)
+    assert code == 0
+    assert "valid blueprint, schema 1.0.0" in out
+    code, out, _ = run("blueprint", "validate", released, "--json")
+    assert json.loads(out) == {"valid": True, "schema_version": "1.0.0"}
+    content = (released / "gradient_blueprint.json").read_text()
+    (tmp_path / "x.json").write_text(content.replace('"1.0.0"', '"2.0.0"'))
+    code, _, err = run("blueprint", "validate", tmp_path / "x.json")
+    assert code == 1
+    assert "newer than this library" in err
+    assert run("blueprint", "schema") == (0, json_schema(), "")
+
+
+def test_verify(run, released, tmp_path):
+    code, out, _ = run("blueprint", "verify", released)
+    assert code == 0
+    assert "sha256:" in out
+    code, out, _ = run("blueprint", "verify", released / "gradient_blueprint.json", "--json")
+    assert json.loads(out)["verified"] is True
+    other = _loaded(released)
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1
+    other.save_pretrained(tmp_path)
+    code, _, err = run("blueprint", "verify", released, "--model", tmp_path)
+    assert code == 1
+    assert err.count("sha256:") == 2
+
+
+# -- select and plan -----------------------------------------------------------------------------
+
+
+def test_select(run, released, tmp_path):
+    target = tmp_path / "sel.json"
+    code, out, err = run("select", released, "--fraction", 0.2, "--exclude", "*norm*", "-o", target)
+    assert code == 0, err
+    found = Selection.load(target)
+    blueprint = Blueprint.from_pretrained(released)
+    assert found == select(blueprint, fraction=0.2, exclude=["*norm*"])
+    assert out.rstrip("\n") == found.summary()
+    found.check_model(_loaded(released))
+    code, out, _ = run("select", released, "--count", 5, "--ranking", "norm", "--blocks", "module",
+                       "-o", target, "--json")  # fmt: skip
+    data = json.loads(out)
+    assert (data["n_blocks"], data["blocks"]) == (5, "module")
+    assert data["n_parameters"] == Selection.load(target).n_parameters
+    code, _, err = run("select", released)
+    assert code == 1
+    assert "exactly one budget" in err
+
+
+def test_select_k_star_and_memory(run, released, tmp_path):
+    target = tmp_path / "sel.json"
+    assert run("select", released, "--k-star", "memory", "-o", target)[0] == 0
+    assert Selection.load(target).fraction <= Blueprint.from_pretrained(released).k_star[
+        "memory"
+    ].value
+    model = _loaded(released)
+    budget = fg.plan_memory(model).total // 2
+    assert run("select", released, "--memory", budget, "-o", target)[0] == 0
+    assert fg.plan_memory(model, Selection.load(target)).total <= budget
+    assert run("select", released, "--ranking", "magnitude", "--count", 3, "-o", target)[0] == 0
+    expected = select(Blueprint.from_pretrained(released), model, ranking="magnitude", count=3)
+    assert Selection.load(target) == expected
+
+
+def test_select_blends_a_local_sample(run, released, tmp_path):
+    target, local = tmp_path / "sel.json", released / "stats.safetensors"
+    assert run("select", released, "--fraction", 0.2, "--local", local, "--weight", 0.5,
+               "-o", target)[0] == 0  # fmt: skip
+    blended = Blueprint.from_pretrained(released).blend(GradientStats.load(local), weight=0.5)
+    assert Selection.load(target) == select(blended, fraction=0.2)
+
+
+def test_plan(run, released, tmp_path):
+    model = _loaded(released)
+    selection = select(Blueprint.from_pretrained(released), fraction=0.2)
+    selection.save(tmp_path / "sel.json")
+    config_only = tmp_path / "config-only"
+    config_only.mkdir()
+    (config_only / "config.json").write_text((released / "config.json").read_text())
+    for options, expected in (
+        ([], fg.plan_memory(model)),
+        (["--selection", tmp_path / "sel.json"], fg.plan_memory(model, selection)),
+        (["--optimizer", "sgd", "--batch", "2x8"],
+         fg.plan_memory(model, optimizer="sgd", batch_shape=(2, 8))),
+    ):  # fmt: skip
+        code, out, err = run("plan", config_only, *options)
+        assert code == 0, err
+        assert out.rstrip("\n") == expected.table().rstrip("\n")
+        code, out, _ = run("plan", config_only, *options, "--json")
+        assert json.loads(out)["total_bytes"] == expected.total
+    halved = json.loads(run("plan", config_only, "--dtype", "bfloat16", "--json")[1])
+    assert halved["terms_bytes"]["weights"] * 2 == fg.plan_memory(model).terms["weights"]
+    code, _, err = run("plan", config_only, "--optimizer", "lion")
+    assert (code, "unknown optimizer" in err) == (1, True)
+
+
+# -- quickstart ----------------------------------------------------------------------------------
+
+
+def test_quickstart_passes_its_arguments_on(run, tmp_path, monkeypatch):
+    calls = []
+    module = types.ModuleType("fastgrad.quickstart.run")
+    module.run_quickstart = lambda output, fast, seed: calls.append((output, fast, seed)) or 3
+    monkeypatch.setitem(sys.modules, "fastgrad.quickstart.run", module)
+    code, _, _ = run("quickstart", "--fast", "--output", tmp_path, "--seed", 7)
+    assert calls == [(tmp_path, True, 7)]
+    assert code == 3  # its result is the exit code
