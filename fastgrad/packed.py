@@ -221,7 +221,8 @@ class PartialModule(nn.Module):
 
     def _fast_forward(self, x: Tensor) -> Tensor:
         blocks = self._fastgrad_packed["weight"]
-        full, packed = blocks.full, blocks.packed
+        full: Tensor = blocks.full
+        packed = blocks.packed
         if self._fastgrad_fast == "embedding":
             return _SparseEmbedding.apply(packed, x, full, blocks, self.padding_idx)
         bias = self.bias
