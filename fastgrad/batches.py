@@ -42,7 +42,10 @@ def label_tokens(
 
 
 def factors(batch: Batch, reduction: Reduction) -> tuple[list[float], list[float]]:
-    """What turns a contribution into the gradient of the example's own mean and summed loss."""
+    """What turns a contribution into the gradient of the example's own mean and summed loss.
+
+    An example without label tokens contributes nothing: its factor is zero, and so is its norm.
+    """
     n, tokens = batch.n_examples, batch.label_tokens
     nan = [float("nan")] * n
     if reduction == "row_mean":
@@ -50,7 +53,7 @@ def factors(batch: Batch, reduction: Reduction) -> tuple[list[float], list[float
     if tokens is None:
         return (nan, [1.0] * n) if reduction == "sum" else (nan, nan)
     divisor = 1.0 if reduction == "sum" else float(batch.loss_items or sum(tokens))
-    return [divisor / t if t else float("nan") for t in tokens], [divisor] * n
+    return [divisor / t if t else 0.0 for t in tokens], [divisor] * n
 
 
 def shifts_labels(model: nn.Module) -> bool:

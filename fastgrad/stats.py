@@ -215,7 +215,8 @@ class GradientStats:
         """With weights w_j of the examples in their backward pass's loss (contribution c_j is
         w_j times the gradient of the example's own mean loss): ``Σ_j w_j²`` over everything, and
         the sum over passes of ``Σ_{j≠k} w_j w_k``."""
-        weights = 1.0 / self._factor("example_mean")
+        factor = self._factor("example_mean")
+        weights = np.divide(1.0, factor, out=np.zeros_like(factor), where=factor > 0)
         squares = float((weights**2).sum())
         totals = np.bincount(self.batch, weights, self.n_batches)
         return squares, float((totals**2).sum()) - squares

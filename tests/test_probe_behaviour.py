@@ -306,6 +306,19 @@ def test_scales_under_each_reduction(reduction):
         np.testing.assert_allclose(stats.influence("example_sum")[:, j], want * count, rtol=2e-4)
 
 
+def test_an_example_without_labels_contributes_nothing():
+    model = randomised(MODELS["llama"])
+    batch = batch_of()
+    batch["labels"][1] = -100
+    with fg.Probe(model) as probe:
+        model(**batch).loss.backward()
+    stats = probe.stats()
+    assert stats.label_tokens.tolist() == [8, 0, 8]
+    assert (stats.influence("example_mean")[:, 1] == 0).all()
+    assert (stats.influence("example_mean")[:, 0] > 0).all()
+    assert np.isfinite(stats.signal_sq).all()
+
+
 def test_num_items_in_batch_is_the_divisor():
     model = randomised(MODELS["llama"])
     batch = batch_of()
