@@ -13,8 +13,9 @@ from fastgrad.blocks import BlockGrid
 from fastgrad.errors import BlockSpecError, DeltaError
 from fastgrad.files import atomic_path
 from fastgrad.identity import model_parameters, weights_hash
+from fastgrad.packed import refresh_packed
 from fastgrad.partial import Partial
-from fastgrad_kernels.layout import gather_blocks, matrix_view, scatter_blocks_
+from fastgrad_kernels.layout import gather_blocks, matrix_view, write_blocks_
 
 FORMAT = "fastgrad.delta/1"
 
@@ -34,6 +35,7 @@ class AppliedDelta:
         own = model_parameters(self.model)
         for name, old in self.before.items():
             _write(own[name], self.grids[name], self.ids[name], old)
+        refresh_packed(self.model)
 
 
 def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
@@ -129,6 +131,7 @@ def load_delta(
         applied.before[name] = _read(own[name], grids[name], ids[name])
     for name in shapes:
         _write(own[name], grids[name], ids[name], values[name])
+    refresh_packed(model)
     return applied
 
 
@@ -161,6 +164,4 @@ def _write(p: Tensor, grid: BlockGrid, ids: Tensor | None, values: Tensor) -> No
         p.copy_(values)
         return
     device = p.device
-    scatter_blocks_(
-        matrix_view(p), ids.to(device), values.to(device), grid.block_rows, grid.block_cols
-    )
+    write_blocks_(p, ids.to(device), values.to(device), grid.block_rows, grid.block_cols)

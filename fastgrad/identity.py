@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,24 +11,28 @@ from torch import Tensor, nn
 PACKED_SUFFIX = "_fastgrad_packed"  # parameters that fastgrad itself adds to a model
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        elif type(inner).__name__ == "OptimizedModule" and hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            return inner
+
+
 def model_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters by name, each shared one once, without fastgrad's packed ones.
 
-    Also undoes the ``_orig_mod.`` and ``module.`` prefixes of torch.compile and DDP wrappers, so
-    that a name means the same parameter everywhere.
+    Wrappers are looked through, so that a name means the same parameter everywhere.
     """
     return {
-        plain_name(name): p
-        for name, p in model.named_parameters()
+        name: p
+        for name, p in unwrapped(model).named_parameters()
         if not name.endswith(PACKED_SUFFIX)
     }
-
-
-def plain_name(name: str) -> str:
-    for prefix in ("_orig_mod.", "module."):
-        while name.startswith(prefix):
-            name = name[len(prefix) :]
-    return name
 
 
 def _bytes(tensor: Tensor) -> bytes | memoryview:

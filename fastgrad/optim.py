@@ -150,6 +150,12 @@ class SparseAdamW(Optimizer):
                 kinds.setdefault((p.device, p.dtype, p.grad.dtype), []).append(p)
         return kinds.values()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # state of torch.optim.AdamW lacks what is ours alone
+            group.setdefault("maximize", False)
+            group.setdefault("check_finite", True)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch, but moments keep their precision: the base class would round them to
         the parameter's dtype."""
@@ -160,7 +166,8 @@ class SparseAdamW(Optimizer):
             for key in ("exp_avg", "exp_avg_sq"):
                 if i in state_dict["state"] and key in state_dict["state"][i]:
                     value = state_dict["state"][i][key]
-                    self.state[p][key] = value.to(p.device, _moment_dtype(p), copy=True)
+                    moment = torch.empty_like(p, dtype=_moment_dtype(p))
+                    self.state[p][key] = moment.copy_(value)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors."""

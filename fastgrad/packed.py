@@ -8,6 +8,8 @@ through to the full weight after each optimizer step. Nothing else about the mod
 
 from __future__ import annotations
 
+import copy
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from fastgrad.blocks import BlockGrid
 from fastgrad.errors import PartialError
 from fastgrad.identity import PACKED_SUFFIX
 from fastgrad_kernels import ops
-from fastgrad_kernels.layout import gather_blocks, matrix_view, scatter_blocks_
+from fastgrad_kernels.layout import gather_blocks, matrix_view, write_blocks_
 
 
 class PackedBlocks:
@@ -41,7 +43,18 @@ class PackedBlocks:
         self.packed = nn.Parameter(self.gather(full.detach()).to(dtype))
         self.packed._fastgrad_blocks = self  # type: ignore[attr-defined]
         self.packed._fastgrad_name = name  # type: ignore[attr-defined]
-        self._synced = self.packed._version
+        self._synced, self._full_seen = self.packed._version, self.full._version
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedBlocks:
+        new = object.__new__(PackedBlocks)
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            new.__dict__[key] = copy.deepcopy(value, memo)
+        new.packed._fastgrad_blocks = new  # type: ignore[attr-defined]
+        new.packed._fastgrad_name = new.name  # type: ignore[attr-defined]
+        # copies begin with a version of their own
+        new._synced, new._full_seen = new.packed._version, new.full._version
+        return new
 
     @property
     def whole(self) -> bool:
@@ -56,25 +69,38 @@ class PackedBlocks:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Write the packed values through to the full weight, rounding to its dtype."""
+        """Write the packed values through to the full weight, rounding to its dtype.
+
+        Raises:
+            PartialError: if somebody else has written to the full weight in the meantime.
+        """
         grid = self.grid
+        if self.full._version != self._full_seen:
+            raise PartialError(
+                f"{self.name} was changed from outside while its selected blocks are trained; the "
+                "change would be overwritten. Remedy: call refresh() on the Partial after "
+                "changing weights, before the next optimizer step"
+            )
         if self.whole:
             self.full.copy_(self.packed)
         else:
-            full = matrix_view(self.full.detach())
-            scatter_blocks_(full, self.ids, self.packed, grid.block_rows, grid.block_cols)
-        self._synced = self.packed._version
+            write_blocks_(
+                self.full.detach(), self.ids, self.packed, grid.block_rows, grid.block_cols
+            )
+        self._synced, self._full_seen = self.packed._version, self.full._version
 
     def sync_if_stale(self) -> None:
-        """Catches in-place changes of the packed tensor that no optimizer step announced."""
+        """Catches in-place changes of either side that no optimizer step announced."""
         if self.packed._version != self._synced:
             self.sync()
+        elif self.full._version != self._full_seen:
+            self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the full weight's values, after they were loaded from elsewhere."""
         self.packed.copy_(self.gather(self.full.detach()))
-        self._synced = self.packed._version
+        self._synced, self._full_seen = self.packed._version, self.full._version
 
 
 class _Overlay(torch.autograd.Function):
@@ -188,26 +214,26 @@ class PartialModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for blocks in self._fastgrad_packed.values():
             blocks.sync_if_stale()
-            blocks.packed._fastgrad_blocks = blocks  # type: ignore[attr-defined]  # lost by deepcopy
-        if not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        if self._fastgrad_fast is not None and len(args) == 1 and not kwargs:
+        fast = torch.is_grad_enabled() and self._fastgrad_fast is not None
+        if fast and len(args) == 1 and not kwargs:
             return self._fast_forward(args[0])
-        # typed loosely: a tensor takes the parameter's place for this call alone
-        parameters: Any = self._parameters
-        saved = {a: parameters[a] for a in self._fastgrad_packed}
-        try:
-            for attribute, blocks in self._fastgrad_packed.items():
-                parameters[attribute] = _Overlay.apply(blocks.packed, blocks)
-            return super().forward(*args, **kwargs)
-        finally:
-            parameters.update(saved)
+        return super().forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Whoever reads the weight where gradients are on, the module itself or another one (a
+        # tied head that calls F.linear, a parametrization), must reach the packed parameter.
+        value = super().__getattr__(name)
+        blocks = self.__dict__.get("_fastgrad_packed", {}).get(name)
+        if blocks is None or not torch.is_grad_enabled():
+            return value
+        blocks.sync_if_stale()
+        return _Overlay.apply(blocks.packed, blocks)
 
     @property
     def _fastgrad_fast(self) -> str | None:
         """The kind of module whose gradient can be computed block by block, or None."""
         blocks = self._fastgrad_packed.get("weight")
-        if blocks is None or blocks.whole or len(self._fastgrad_packed) > 1:
+        if blocks is None or blocks.whole:
             return None
         kind: Any = type(self).__mro__[2]  # the class that was there before
         if kind.forward is nn.Linear.forward:
@@ -228,7 +254,8 @@ class PartialModule(nn.Module):
         bias = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, full = x.to(dtype), full.to(dtype)
+            x = x.to(dtype)
+            full = full.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return _SparseLinear.apply(
@@ -250,8 +277,20 @@ class PartialModule(nn.Module):
             super()._load_from_state_dict(*args, **kwargs)
         finally:
             self._parameters.update(hidden)
-        for blocks in self._fastgrad_packed.values():
+        for attribute, blocks in self._fastgrad_packed.items():
+            loaded = self._parameters[attribute]
+            if loaded is not None and loaded is not blocks.full:  # assign=True
+                loaded.requires_grad_(False)
+                blocks.full = loaded
             blocks.refresh()
+
+
+def refresh_packed(model: nn.Module) -> None:
+    """Packed parameters of ``model`` take over what was written to its full weights."""
+    for module in model.modules():
+        if isinstance(module, PartialModule):
+            for blocks in module._fastgrad_packed.values():
+                blocks.refresh()
 
 
 _CLASSES: dict[Any, Any] = {}
@@ -260,20 +299,33 @@ _CLASSES: dict[Any, Any] = {}
 def partial_class(cls: type[nn.Module]) -> Any:
     """``cls`` with :class:`PartialModule` in front; it keeps the name that users know."""
     if cls not in _CLASSES:
-        names = {"__module__": cls.__module__}
+
+        @wraps(cls.forward)  # callers look at the signature (Trainer drops unknown columns)
+        def forward(self: PartialModule, *args: Any, **kwargs: Any) -> Any:
+            return PartialModule.forward(self, *args, **kwargs)
+
+        names = {"__module__": cls.__module__, "forward": forward}
         _CLASSES[cls] = type(cls.__name__, (PartialModule, cls), names)
     return _CLASSES[cls]
+
+
+def check_owner(module: nn.Module, name: str) -> None:
+    """Refuse a module whose parameter cannot be packed.
+
+    Raises:
+        PartialError: if reads of its parameters cannot be followed.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise PartialError(
+            f"{name}: its module {type(module).__name__} is compiled by TorchScript, so blocks of "
+            "its weight cannot be trained. Remedy: select whole parameters there, without a "
+            "master copy"
+        )
 
 
 def install(module: nn.Module, attribute: str, blocks: PackedBlocks) -> None:
     """Make ``module`` train ``blocks`` in place of its parameter ``attribute``."""
     if not isinstance(module, PartialModule):
-        if type(module).__call__ is not nn.Module.__call__:
-            raise PartialError(
-                f"{blocks.name}: its module {type(module).__name__} overrides __call__, so "
-                "its forward pass cannot be followed. Remedy: select whole parameters there, "
-                "without a master copy"
-            )
         module.__dict__["_fastgrad_packed"] = {}
         module.__class__ = partial_class(type(module))
     module.register_parameter(packed_attribute(attribute), blocks.packed)

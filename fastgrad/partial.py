@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastgrad.errors import PartialError, SelectionError
 from fastgrad.identity import model_parameters, weights_hash
-from fastgrad.packed import PackedBlocks, PartialModule, install, uninstall
+from fastgrad.packed import PackedBlocks, PartialModule, check_owner, install, uninstall
 from fastgrad.selection import Selection
 
 _hook: Any = None
@@ -79,6 +79,12 @@ class Partial:
         for blocks in self.packed:
             blocks.sync()
 
+    def refresh(self) -> None:
+        """Take over values that were written to the full weights from outside."""
+        self._check()
+        for blocks in self.packed:
+            blocks.refresh()
+
     def remove(self) -> nn.Module:
         """End partial training: the model has its old classes, names and ``requires_grad`` flags
         again, with the trained values. Returns the model."""
@@ -87,9 +93,10 @@ class Partial:
         for module in self.model.modules():
             uninstall(module)
         for blocks in self.packed:
-            del blocks.packed._fastgrad_blocks  # type: ignore[attr-defined]
+            blocks.packed.__dict__.pop("_fastgrad_blocks", None)
         for name, p in model_parameters(self.model).items():
-            p.requires_grad_(self._requires_grad[name])
+            if name in self._requires_grad:  # added since then: not ours to judge
+                p.requires_grad_(self._requires_grad[name])
         self._removed = True
         return self.model
 
@@ -155,6 +162,10 @@ def make_partial(
         for attribute, p in module._parameters.items():
             if p is not None:
                 owners.setdefault(id(p), []).append((module, attribute))
+    for name in selection.blocks:  # before anything is changed
+        if not selection.is_whole(name) or (master_dtype or own[name].dtype) != own[name].dtype:
+            for module, _ in owners[id(own[name])]:
+                check_owner(module, name)
     requires_grad = {name: p.requires_grad for name, p in own.items()}
     for p in own.values():
         p.requires_grad_(False)

@@ -248,3 +248,129 @@ def test_refusals():
         list(partial.parameters())
     with pytest.raises(ValueError, match="learning rate"):
         fg.SparseAdamW([nn.Parameter(torch.zeros(2))], lr=-1.0)
+
+
+class Borrowed(nn.Module):
+    """An embedding whose weight another function reads, as tied output layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e = nn.Embedding(11, 6)
+        self.norm = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+
+    def forward(self, ids):
+        h = self.norm(torch.tanh(self.e(ids)))
+        return nn.functional.linear(h, self.e.weight) + h @ self.e.weight.T
+
+
+@pytest.mark.parametrize("spec", ["row", "2x4"])
+def test_a_weight_that_others_read_trains_with_its_whole_gradient(spec):
+    torch.manual_seed(0)
+    model, ids = Borrowed(), torch.randint(0, 11, (4, 3))
+    dense = copy.deepcopy(model)
+    dense(ids).square().sum().backward()
+    grads = {n: p.grad for n, p in model_parameters(dense).items()}
+    partial = make_partial(model, selection_of(model, spec, 0.5))
+    model(ids).square().sum().backward()
+    for blocks in partial.packed:
+        torch.testing.assert_close(blocks.packed.grad, blocks.gather(grads[blocks.name]))
+
+
+def test_attention_inside_a_composite_function_trains():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    dense = copy.deepcopy(model)
+    x = torch.randn(2, 5, 8)
+    dense(x).square().sum().backward()
+    partial = make_partial(model, selection_of(model, "row", 0.5))
+    model(x).square().sum().backward()
+    for blocks in partial.packed:
+        want = blocks.gather(dict(dense.named_parameters())[blocks.name].grad)
+        torch.testing.assert_close(blocks.packed.grad, want, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_any_memory_layout_are_written_through(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last))
+    base = copy.deepcopy(model)
+    partial = make_partial(model, selection_of(model, "2x5", 0.5))
+    optimizer = fg.SparseAdamW(partial.parameters(), lr=0.1)
+    model(torch.randn(2, 4, 5, 5)).square().sum().backward()
+    optimizer.step()
+    assert any(
+        not torch.equal(p, q)
+        for p, q in zip(model_parameters(model).values(), base.parameters(), strict=True)
+    )
+    for blocks in partial.packed:
+        assert torch.equal(blocks.packed.detach(), blocks.gather(blocks.full.detach()))
+    fg.save_delta(partial, tmp_path / "d.safetensors")
+    fg.load_delta(base, tmp_path / "d.safetensors")
+    for p, q in zip(model_parameters(model).values(), base.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_writes_from_outside_are_kept_or_refused(tmp_path):
+    model = randomised(MODELS["llama"])
+    base = copy.deepcopy(model)
+    partial = make_partial(model, selection_of(model, "8x8"))
+    optimizer = fg.SparseAdamW(partial.parameters(), lr=1e-2)
+    model(**batch_of()).loss.backward()
+    optimizer.step()
+    fg.save_delta(partial, tmp_path / "d.safetensors")
+    twin_partial = make_partial(base, selection_of(base, "8x8"))
+    fg.load_delta(base, tmp_path / "d.safetensors")
+    twin_partial.sync()
+    for p, q in zip(model_parameters(base).values(), model_parameters(model).values(), strict=True):
+        assert torch.equal(p, q)
+    blocks = partial.packed[0]
+    with torch.no_grad():
+        blocks.full.mul_(2)
+    with pytest.raises(PartialError, match="changed from outside"):
+        partial.sync()
+    partial.refresh()
+    assert torch.equal(blocks.packed.detach(), blocks.gather(blocks.full.detach()))
+    loaded = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
+    model.load_state_dict(loaded, assign=True)
+    with torch.no_grad():
+        plain = model(**batch_of()).loss
+    assert torch.equal(model(**batch_of()).loss, plain)
+    assert blocks.full is model_parameters(model)[blocks.name]
+
+
+def test_memory_layouts_do_not_change_the_update():
+    torch.manual_seed(0)
+    w, g = torch.randn(5, 7), torch.randn(5, 7)
+    mine, theirs = (nn.Parameter(w.clone().t()) for _ in range(2))
+    optimizers = fg.SparseAdamW([mine], lr=0.1), torch.optim.AdamW([theirs], lr=0.1)
+    for step in range(3):
+        mine.grad, theirs.grad = (g.T.contiguous() * (step + 1) for _ in range(2))
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    other = nn.Parameter(mine.detach().clone(memory_format=torch.preserve_format))
+    again = fg.SparseAdamW([other], lr=0.1)
+    state = copy.deepcopy(optimizers[1].state_dict())  # a state of torch.optim.AdamW
+    for s in state["state"].values():
+        s["exp_avg"], s["exp_avg_sq"] = s["exp_avg"].contiguous(), s["exp_avg_sq"].contiguous()
+    again.load_state_dict(state)
+    other.grad, theirs.grad = g.T.contiguous(), g.T.contiguous()
+    again.step()
+    optimizers[1].step()
+    torch.testing.assert_close(other, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_child_called_module_keeps_its_name():
+    model = nn.Module()
+    model.weight, model.module = nn.Parameter(torch.ones(6)), nn.Linear(6, 6)
+    assert list(model_parameters(model)) == ["weight", "module.weight", "module.bias"]
+    assert list(model_parameters(nn.DataParallel(model))) == list(model_parameters(model))
+    make_partial(model, selection_of(model, "row", names=["module.weight"]))
+    assert not model.weight.requires_grad
+
+
+def test_the_signature_of_forward_survives():
+    import inspect
+
+    model = nn.Linear(4, 4)
+    make_partial(model, selection_of(model, "row"))
+    assert list(inspect.signature(model.forward).parameters) == ["input"]

@@ -288,7 +288,13 @@ def adamw_(
     parameters of lower precision than their moments pass through a temporary copy."""
     torch._foreach_add_(steps, 1.0)
     work = [p.to(m.dtype) for p, m in zip(params, exp_avgs, strict=True)]
-    grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
+    grads = [_like(w, g) for w, g in zip(work, grads, strict=True)]
+    # The fused update walks through memory: all four tensors must be laid out alike.
+    moments = [
+        (m, _like(w, m)) for ms in (exp_avgs, exp_avg_sqs) for w, m in zip(work, ms, strict=True)
+    ]
+    exp_avgs = [m for _, m in moments[: len(work)]]
+    exp_avg_sqs = [m for _, m in moments[len(work) :]]
     torch._fused_adamw_(
         work,
         grads,
@@ -304,9 +310,16 @@ def adamw_(
         amsgrad=False,
         maximize=maximize,
     )
-    for p, w in zip(params, work, strict=True):
-        if w is not p:
-            p.copy_(w)
+    for target, result in (*zip(params, work, strict=True), *moments):
+        if result is not target:
+            target.copy_(result)
+
+
+def _like(model: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` with the dtype and memory layout of ``model``; itself if it has both."""
+    if tensor.dtype == model.dtype and tensor.stride() == model.stride():
+        return tensor
+    return torch.empty_like(model).copy_(tensor)
 
 
 __all__ = [

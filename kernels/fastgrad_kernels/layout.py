@@ -93,6 +93,19 @@ def scatter_blocks_(
     return matrix
 
 
+def write_blocks_(
+    tensor: Tensor, ids: Tensor, packed: Tensor, block_rows: int, block_cols: int
+) -> Tensor:
+    """:func:`scatter_blocks_` into a tensor of any shape and memory layout, in place."""
+    if tensor.ndim <= 2 or tensor.is_contiguous():
+        scatter_blocks_(matrix_view(tensor), ids, packed, block_rows, block_cols)
+        return tensor
+    # flattening would copy (channels_last, permuted experts): the copy must go back
+    dense = tensor.contiguous()
+    scatter_blocks_(matrix_view(dense), ids, packed, block_rows, block_cols)
+    return tensor.copy_(dense)
+
+
 NORM_CHUNK = 4096
 
 
