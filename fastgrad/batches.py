@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,20 +14,24 @@ Reduction = Literal["token_mean", "row_mean", "sum"]
 
 
 def input_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Tensor inputs, the main ones first."""
+    """Tensor inputs, the main ones first, also those inside lists and dictionaries."""
     first = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-    named = [kwargs[k] for k in first if k in kwargs]
-    values = [*named, *args, *kwargs.values()]
-    return [v for v in values if isinstance(v, Tensor) and v.ndim >= 1]
+    values = [*(kwargs[k] for k in first if k in kwargs), *args, *kwargs.values()]
+    return [t for t in _nested(values) if t.ndim >= 1]
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-        return []
-    return [v for v in values if isinstance(v, Tensor)]
+    return list(_nested([output]))
+
+
+def _nested(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _nested(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _nested(value)
 
 
 def label_tokens(
@@ -41,11 +45,18 @@ def label_tokens(
     return [int(c) for c in (rows != ignore_index).sum(1).tolist()]
 
 
-def factors(batch: Batch, reduction: Reduction) -> tuple[list[float], list[float]]:
+def factors(
+    batch: Batch, reduction: Reduction, loss_scale: float = 1.0
+) -> tuple[list[float], list[float]]:
     """What turns a contribution into the gradient of the example's own mean and summed loss.
 
     An example without label tokens contributes nothing: its factor is zero, and so is its norm.
     """
+    mean, total = _unscaled(batch, reduction)
+    return [f / loss_scale for f in mean], [f / loss_scale for f in total]
+
+
+def _unscaled(batch: Batch, reduction: Reduction) -> tuple[list[float], list[float]]:
     n, tokens = batch.n_examples, batch.label_tokens
     nan = [float("nan")] * n
     if reduction == "row_mean":

@@ -35,15 +35,15 @@ from fastgrad.batches import (
 )
 from fastgrad.blocks import BlockGrid, check_spec
 from fastgrad.errors import CoverageError, NonFiniteGradientError, ProbeError
-from fastgrad.identity import model_parameters, weights_hash
-from fastgrad.records import Batch, ParamRecord, Target
+from fastgrad.identity import PACKED_SUFFIX, model_parameters, unwrapped, weights_hash
+from fastgrad.ownership import NONE, mark
+from fastgrad.records import Batch, ParamRecord, Target, mismatch
 from fastgrad.stats import Coverage, GradientStats
 from fastgrad.taps import TapMode
 from fastgrad_kernels import ops
 from fastgrad_kernels.layout import matrix_view, sum_of_squares
 
 Direction = Mapping[str, Tensor]
-SELF_CHECK_LIMIT = 1 << 28  # elements; larger models check a sample of parameters per pass
 
 
 class Probe:
@@ -65,6 +65,9 @@ class Probe:
             tokens of the batch; transformers' losses), ``row_mean`` (mean over examples of each
             example's mean), ``sum``. Contributions never depend on it; the scales
             ``example_mean`` and ``example_sum`` and the noise estimates do.
+        loss_scale: what you multiply the loss by before ``backward()``: 1/8 under accumulation
+            over 8 batches, the scale of a GradScaler. Contributions contain it; the scales
+            ``example_mean`` and ``example_sum`` divide it out.
         shift_labels: True if the loss predicts the next token, so that the first label of each
             row does not count; by default read from a transformers model.
         ignore_index: label value that does not count.
@@ -90,6 +93,7 @@ class Probe:
         detail: Sequence[str] | None = None,
         targets: Direction | Mapping[str, Direction] | None = None,
         loss_reduction: Reduction = "token_mean",
+        loss_scale: float = 1.0,
         shift_labels: bool | None = None,
         ignore_index: int = -100,
         self_check: bool = True,
@@ -99,14 +103,24 @@ class Probe:
     ) -> None:
         check_spec(blocks)
         _refuse_compiled(model)
+        if any(name.endswith(PACKED_SUFFIX) for name, _ in model.named_parameters()):
+            raise ProbeError(
+                "this model is partial: its packed blocks are not probed. Remedy: call "
+                ".remove() on the Partial, or probe before make_partial"
+            )
         if loss_reduction not in ("token_mean", "row_mean", "sum"):
             raise ProbeError(
                 f"unknown loss_reduction {loss_reduction!r}; use token_mean, row_mean or sum"
             )
         self.model, self.spec, self.per_example = model, blocks, per_example
         self.loss_reduction, self.ignore_index = loss_reduction, ignore_index
+        if not loss_scale > 0:
+            raise ProbeError(f"loss_scale must be positive, got {loss_scale}")
+        self.loss_scale = loss_scale
         self.strict, self.on_nonfinite = strict, on_nonfinite
-        self.shift_labels = shifts_labels(model) if shift_labels is None else shift_labels
+        self.shift_labels = (
+            shifts_labels(unwrapped(model)) if shift_labels is None else shift_labels
+        )
         everything = model_parameters(model)
         names = [n for n, p in everything.items() if p.requires_grad and _matches(n, params)]
         _check_patterns(params, everything, "params")
@@ -122,8 +136,6 @@ class Probe:
         self._frozen = [n for n in everything if n not in names]
         self._missing: dict[str, str] = {}
         self._used: set[str] = set()
-        total = sum(everything[n].numel() for n in names)
-        self._check_every = max(1, -(-total // SELF_CHECK_LIMIT)) if self_check else 0
         self._targets = {
             id(everything[n]): Target(
                 n,
@@ -131,20 +143,22 @@ class Probe:
                 BlockGrid.of(everything[n].shape, blocks),
                 self._stacked(n, everything[n]),
                 self._refuse,
-                self_check and i % self._check_every == 0,
+                self_check,
             )
-            for i, n in enumerate(names)
+            for n in names
         }
         self._weight_sq = np.array([float(sum_of_squares(everything[n])) for n in names])
         self._hash = weights_hash(model) if hash_weights else None
         self._mode: TapMode | None = None
-        self._recomputed: nn.Module | None = None
+        self._recomputed: tuple[nn.Module, Batch | None] | None = None
         self._handles: list[Any] = []
         self._batch: Batch | None = None
         # Batches live as long as their autograd graph: a forward pass that is never followed by
         # a backward pass (an evaluation with gradients on) leaves nothing behind.
         self._pending: weakref.WeakSet[Batch] = weakref.WeakSet()
         self._firing: list[Batch] = []
+        self._samples: dict[str, Tensor] = {}
+        self._running = False
         self._forwards = 0
         self._pass: dict[str, tuple[Tensor, Tensor]] | None = None
         self._skipped = 0
@@ -154,8 +168,26 @@ class Probe:
     # -- context -------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        if self._mode is not None:
+        if self._running:
             raise ProbeError("this probe is already running")
+        for mode in _get_current_function_mode_stack():
+            if isinstance(mode, TapMode) and self.per_example:
+                raise ProbeError(
+                    "another probe is running; the outer one would not see what the inner one "
+                    "takes. Remedy: leave it first, or give one probe all that you want to know"
+                )
+        current = model_parameters(self.model)
+        for target in self._targets.values():
+            if current.get(target.name) is not target.parameter:
+                raise ProbeError(
+                    f"{target.name} was replaced after the probe was made. Remedy: "
+                    "make the probe when the model is complete"
+                )
+            if not target.parameter.requires_grad:
+                raise ProbeError(
+                    f"{target.name} was frozen after the probe was made. Remedy: make a new probe"
+                )
+        self._running = True
         self._handles = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward),
@@ -171,6 +203,9 @@ class Probe:
             ]
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a deep copy of the model copies its hooks; there is one probe all the same
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -183,13 +218,15 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._batch, self._pass = None, None
+        self._batch, self._pass, self._running = None, None, False
         self._pending.clear()
         self._firing.clear()
 
     # -- forward -------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self.model:
+            return  # a copy of the model carries copies of the hooks
         if self._pass is not None and torch._C._current_graph_task_id() == -1:
             self._pass = None  # the last backward pass broke off with an error
             self._firing.clear()
@@ -207,14 +244,19 @@ class Probe:
         tokens = label_tokens(kwargs.get("labels"), n, self.shift_labels, self.ignore_index)
         items = kwargs.get("num_items_in_batch")
         self._forwards += 1
+        others = frozenset(d for t in inputs for d in t.shape[1:])
         self._batch = Batch(
             self._forwards,
             n,
+            others,
             tokens,
             None if items is None else float(items),
             self._targets,
             self._arrived,
+            self._samples,
         )
+        for tensor in inputs:
+            mark(tensor, self._forwards, 0 if tensor.shape[0] == n else NONE)
         self._pending.add(self._batch)
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -229,28 +271,30 @@ class Probe:
     # activation checkpoint recomputes modules in there, they must meet the same taps again.
 
     def _begin_recompute(self, module: nn.Module, args: Any) -> None:
-        if (
-            self._recomputed is None
-            and self._mode is not None
-            and torch._C._current_graph_task_id() != -1
-            and self._mode not in _get_current_function_mode_stack()
-        ):
-            self._recomputed = module
+        if self._mode is None or not torch.is_grad_enabled():
+            return
+        if torch._C._current_graph_task_id() == -1:
+            if self._batch is not None:
+                self._batch.modules.add(id(module))
+            return
+        if self._recomputed is None and self._mode not in _get_current_function_mode_stack():
+            # The engine goes backwards: the latest forward pass that ran this module comes first.
+            live = [*self._pending, *self._firing]
+            ran = [b for b in live if id(module) in b.modules - b.recomputed]
+            self._recomputed = (module, self._batch)
+            if ran:
+                self._batch = max(ran, key=lambda b: b.index)
+                self._batch.recomputed.add(id(module))
             self._mode.__enter__()
 
     def _end_recompute(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self._recomputed and self._mode is not None:
-            self._recomputed = None
-            self._mode.__exit__(None, None, None)
+        if self._recomputed is not None and module is self._recomputed[0]:
+            self._batch, self._recomputed = self._recomputed[1], None
+            if self._mode is not None:
+                self._mode.__exit__(None, None, None)
 
     def _lookup(self, tensor: Tensor) -> ParamRecord | None:
-        if self._batch is None or id(tensor) not in self._targets:
-            return None
-        record = self._batch.lookup(tensor)
-        several = len(self._pending) > 1
-        if record is not None and several and torch._C._current_graph_task_id() != -1:
-            record.refuse("its forward pass was recomputed in a backward pass over several batches")
-        return record
+        return None if self._batch is None else self._batch.lookup(tensor)
 
     def _refuse(self, name: str, reason: str) -> None:
         if self.strict:
@@ -266,13 +310,15 @@ class Probe:
         self._arrival()
 
     def _arrived(self, batch: Batch) -> None:
+        if not self._running:
+            return
         self._arrival()
         if batch in self._pending:
             self._pending.remove(batch)
             self._firing.append(batch)
 
     def _arrival(self) -> None:
-        if self._pass is None:
+        if self._running and self._pass is None:
             self._pass = {}
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
@@ -313,6 +359,14 @@ class Probe:
         """End of a backward pass: what the records hold becomes columns of the statistics."""
         arrived, self._pass = self._pass or {}, None
         batches, self._firing = sorted(self._firing, key=lambda b: b.index), []
+        self._samples.clear()
+        if not arrived:  # a gradient of the inputs alone: the batches may still be trained on
+            for batch in batches:
+                for record in batch.arrived.values():
+                    record.forget()
+                batch.arrived.clear()
+                self._pending.add(batch)
+            return
         bad = [name for name, (sq, _) in arrived.items() if not bool(torch.isfinite(sq).all())]
         if bad:
             if self.on_nonfinite == "raise":
@@ -352,7 +406,7 @@ class Probe:
             if name in self._detail and not target.grid.is_whole:
                 blocks[name] = values.float().cpu().numpy()
         batch.arrived.clear()  # activations and gradients kept for cross terms go now
-        mean, total = factors(batch, self.loss_reduction)
+        mean, total = factors(batch, self.loss_reduction, self.loss_scale)
         return {
             "n": batch.n_examples,
             "pass": number,
@@ -367,14 +421,18 @@ class Probe:
     def _check(
         self, batches: Sequence[Batch], arrived: Mapping[str, tuple[Tensor, Tensor]]
     ) -> None:
-        if len(batches) != 1 or not self._check_every:
-            return
-        for name, error in batches[0].mismatches(arrived).items():
-            self._refuse(
-                name,
-                f"the self-check found that the taps' sum differs from autograd's gradient by "
-                f"{error:.1%}: part of its uses is not covered",
-            )
+        """Compare what the taps summed up with what autograd accumulated."""
+        for name, (sq, entries) in arrived.items():
+            records = [b.arrived[name] for b in batches if name in b.arrived]
+            if not records or not records[0].target.self_check:
+                continue
+            error = mismatch(records, entries, float(sq.sum().sqrt()))
+            if error is not None:
+                self._refuse(
+                    name,
+                    "the self-check found that the taps' sum differs from autograd's gradient by "
+                    f"{error:.1%}: part of its uses is not covered",
+                )
 
     # -- result --------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ gradient; with block detail, one example's gradient at a time is formed in one s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from weakref import WeakValueDictionary
@@ -22,6 +22,7 @@ from fastgrad_kernels import ops
 from fastgrad_kernels.cpu import gram_products
 from fastgrad_kernels.layout import block_sums
 
+CANCELLED = 1e-3  # below this share of the uses' own energy, cross terms have lost digits
 SAMPLE = 256  # entries compared by the self-check
 
 
@@ -57,12 +58,17 @@ class ParamRecord:
         self._expected_ids: list[Tensor] = []
         self._factored = 0
         self._rounded = False  # autograd's gradient went through 16 bits (autocast)
-        self._sample: Tensor | None = None
         self._sample_sum: Tensor | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
         return self.target.parameter
+
+    def forget(self) -> None:
+        """Back to before the backward pass, which turned out not to reach the parameters."""
+        self.fired = self._factored = 0
+        self.sq = self.dots = self.dense = self._sample_sum = None
+        self.products, self.gathered, self.lookups = [], [], []
 
     def refuse(self, reason: str) -> None:
         """A use of the parameter that no tap covers: its ``T`` will be reported as missing."""
@@ -167,7 +173,14 @@ class ParamRecord:
             return self._finish_blocks() if self.fired else None
         sq = self.sq
         if self.fired > 1:
-            sq = (sq + 2 * self._cross_terms().unsqueeze(0)).clamp_min_(0)
+            total = sq + 2 * self._cross_terms().unsqueeze(0)
+            if bool((total < CANCELLED * sq).any()):
+                # The uses nearly cancel: a difference of large numbers is not exact any more.
+                if self.gathered:
+                    self.refuse("its uses as output layer and as embedding cancel each other")
+                    return None
+                return self._finish_blocks()
+            sq = total
         return sq, self.dots
 
     def _finish_dense(self, dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,7 +242,8 @@ class ParamRecord:
 
     def sample(self) -> Tensor:
         """Fixed pseudo-random entries of the gradient, half of them in rows known to be used."""
-        if self._sample is None:
+        samples, name = self.batch.samples, self.target.name
+        if name not in samples:
             grid, device = self.target.grid, self.parameter.device
             generator = torch.Generator().manual_seed(grid.numel)
             count = min(SAMPLE, max(grid.numel, 1))
@@ -238,8 +252,8 @@ class ParamRecord:
                 ids = torch.cat([i.reshape(-1) for i in self._expected_ids]).cpu()
                 rows = ids[torch.randint(ids.numel(), (count // 2,), generator=generator)]
                 index[: count // 2] = rows * grid.cols + index[: count // 2] % grid.cols
-            self._sample = index.to(device)
-        return self._sample
+            samples[name] = index.to(device)
+        return samples[name]
 
     def _check_in(self, entries: Callable[[Tensor], Tensor]) -> None:
         if not self.target.self_check:
@@ -247,18 +261,21 @@ class ParamRecord:
         part = entries(self.sample())
         self._sample_sum = part if self._sample_sum is None else self._sample_sum + part
 
-    def mismatch(self, entries: Tensor, norm: Tensor) -> float | None:
-        """Relative difference between what taps summed up and autograd's gradient, if too large.
 
-        ``entries`` are the gradient's values at :meth:`sample`, ``norm`` its Frobenius norm.
-        """
-        summed = self._sample_sum if self._sample_sum is not None else torch.zeros_like(entries)
-        narrow = self._rounded or entries.dtype in (torch.bfloat16, torch.float16)
-        tolerance = 2e-2 if narrow else 1e-3
-        rms = float(norm) / max(self.target.grid.numel, 1) ** 0.5
-        scale = max(float(_wide(entries).norm()), rms * len(entries) ** 0.5)
-        error = float((summed - _wide(entries)).norm())
-        return error / scale if scale > 0 and error > tolerance * scale else None
+def mismatch(records: Sequence[ParamRecord], entries: Tensor, norm: float) -> float | None:
+    """Self-check of one parameter after a backward pass: relative difference between what the
+    taps of all its batches summed up and autograd's gradient, if it is too large.
+
+    ``entries`` are the gradient's values at the records' common sample, ``norm`` its norm.
+    """
+    sums = [r._sample_sum for r in records if r._sample_sum is not None]
+    summed = sum(sums, torch.zeros_like(_wide(entries)))
+    narrow = entries.dtype in (torch.bfloat16, torch.float16) or any(r._rounded for r in records)
+    tolerance = 2e-2 if narrow else 1e-3
+    rms = norm / max(records[0].target.grid.numel, 1) ** 0.5
+    scale = max(float(_wide(entries).norm()), rms * len(entries) ** 0.5)
+    error = float((summed - _wide(entries)).norm())
+    return error / scale if scale > 0 and error > tolerance * scale else None
 
 
 def _split(matrix: Tensor, rows: Rows) -> Tensor:
@@ -275,10 +292,14 @@ class Batch:
 
     index: int  # counts forward passes
     n_examples: int
+    other_sizes: frozenset[int]  # sizes of dimensions that do not count examples
     label_tokens: list[int] | None
     loss_items: float | None  # what a token-mean loss divides by, if the caller gave it
     targets: Mapping[int, Target]
     on_arrival: Callable[[Batch], None]
+    samples: dict[str, Tensor]  # of the self-check, shared by the batches of a backward pass
+    modules: set[int] = field(default_factory=set)  # ids of the modules that ran
+    recomputed: set[int] = field(default_factory=set)
     records: WeakValueDictionary[str, ParamRecord] = field(default_factory=WeakValueDictionary)
     arrived: dict[str, ParamRecord] = field(default_factory=dict)
 
@@ -290,20 +311,6 @@ class Batch:
         if record is None:
             record = self.records[target.name] = ParamRecord(target, self)
         return record
-
-    def mismatches(self, arrived: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Self-check: parameters whose summed taps differ from autograd's gradient, and how much.
-
-        ``arrived`` maps names to (squared norms of the gradient, its entries at the sample).
-        """
-        found = {}
-        for name, record in self.arrived.items():
-            if record.target.self_check and name in arrived:
-                sq, entries = arrived[name]
-                error = record.mismatch(entries, sq.sum().sqrt())
-                if error is not None:
-                    found[name] = error
-        return found
 
 
 __all__ = ["Batch", "ParamRecord", "Target"]

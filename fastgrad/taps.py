@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from fastgrad.ownership import NONE, marked, propagate
+
 if TYPE_CHECKING:
     from fastgrad.records import Batch, ParamRecord
 
@@ -47,32 +49,38 @@ class Rows(NamedTuple):
         return torch.arange(self.n_examples + 1, dtype=torch.int64) * self.per_example
 
 
-def example_rows(x: Tensor, n_examples: int) -> Rows | None:
+def example_rows(x: Tensor, batch: Batch) -> Rows | None:
     """How the rows of ``x [..., features]`` belong to examples; None if that cannot be known.
 
-    Known cases: a leading example dimension; or a flattened ``[examples * tokens, features]``
-    that is a plain view of such a tensor. A matrix that was made by indexing (as a
-    mixture-of-experts layer does with its routed tokens) tells nothing, and is refused.
+    The mark that the tensor carries decides (:mod:`fastgrad.ownership`): examples come first, or
+    examples and their tokens flattened together. Without a mark, an activation's leading
+    dimension counts as examples only if no other dimension of the batch has that size.
     """
-    if x.ndim >= 3:
-        rows = x.shape[1:-1].numel()
-        return Rows(n_examples, rows) if x.shape[0] == n_examples else None
-    if x.ndim != 2:
+    n = batch.n_examples
+    features = x.shape[-1] if x.ndim else 0
+    if x.ndim < 2 or features == 0:
         return None
+    rows = x.numel() // features
+    if n == 1:
+        return Rows(1, rows)
+    dim = marked(x, batch.index)
+    if dim is None and x._base is not None:
+        dim = _mark_of_base(x, batch)
+    if dim is None:
+        plausible = x.requires_grad and not isinstance(x, torch.nn.Parameter)
+        dim = 0 if plausible and x.shape[0] == n and n not in batch.other_sizes else NONE
+    if dim != 0 or x.shape[0] % n:
+        return None
+    return Rows(n, rows // n)
+
+
+def _mark_of_base(x: Tensor, batch: Batch) -> int | None:
+    """A view that covers a marked tensor, one example after the other in memory."""
     base = x._base
-    if (
-        base is not None
-        and base.ndim >= 3
-        and base.shape[0] == n_examples
-        and base.numel() == x.numel()
-        and x.is_contiguous()
-        # memory holds one example after the other, whatever the order within an example
-        and base.stride(0) * n_examples == x.numel()
-        and sum((n - 1) * s for n, s in zip(base.shape, base.stride(), strict=True)) < x.numel()
-        and x.shape[0] % n_examples == 0
-    ):
-        return Rows(n_examples, x.shape[0] // n_examples)
-    return Rows(n_examples, 1) if x.shape[0] == n_examples else None
+    if base is None or marked(base, batch.index) != 0 or not x.is_contiguous():
+        return None
+    ordered = base.stride(0) * base.shape[0] == x.numel() == base.numel()
+    return 0 if ordered and x.shape[0] % batch.n_examples == 0 else None
 
 
 class _LinearTap(torch.autograd.Function):
@@ -89,8 +97,10 @@ class _LinearTap(torch.autograd.Function):
         weight_record: ParamRecord | None,
         bias_record: ParamRecord | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # the weight is needed for the input's gradient alone
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         ctx.transposed, ctx.rows = transposed, rows
+        ctx.weight_dtype = weight.dtype
         ctx.weight_record, ctx.bias_record = weight_record, bias_record
         if not transposed:
             return F.linear(x, weight, bias)
@@ -114,10 +124,10 @@ class _LinearTap(torch.autograd.Function):
                 grad_weight = left.T @ right
             else:
                 grad_weight = ctx.weight_record.add_product(left, right, rows)
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             wide = torch.float64 if g2.dtype == torch.float64 else torch.float32
-            per_example = g2.view(rows.n_examples, rows.per_example, -1).sum(1, dtype=wide)
+            per_example = g2.reshape(rows.n_examples, rows.per_example, -1).sum(1, dtype=wide)
             if ctx.bias_record is not None:
                 ctx.bias_record.add_dense(per_example, grad_out.dtype)
             grad_bias = per_example.sum(0).to(grad_out.dtype)
@@ -135,12 +145,14 @@ class _LayerNormTap(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
+        n_examples: int,
         weight_record: ParamRecord | None,
         bias_record: ParamRecord | None,
     ) -> Tensor:
         out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
         ctx.shape, ctx.records = shape, (weight_record, bias_record)
+        ctx.n_examples = n_examples
         return out
 
     @staticmethod
@@ -152,12 +164,12 @@ class _LayerNormTap(torch.autograd.Function):
             grad_x = torch.ops.aten.native_layer_norm_backward(
                 grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, None, [True, False, False]
             )[0]
-        n, shape = x.shape[0], tuple(ctx.shape)
+        n, shape = ctx.n_examples, tuple(ctx.shape)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         grad = grad_out.to(wide)
         if ctx.needs_input_grad[2]:
             normalised = (x.to(wide) - mean.to(wide)) * rstd.to(wide)
-            per_example = normalised.mul_(grad).view(n, -1, *shape).sum(1)
+            per_example = normalised.mul_(grad).reshape(n, -1, *shape).sum(1)
             if ctx.records[0] is not None:
                 ctx.records[0].add_dense(per_example)
             grad_weight = per_example.sum(0).to(weight.dtype)
@@ -166,7 +178,7 @@ class _LayerNormTap(torch.autograd.Function):
             if ctx.records[1] is not None:
                 ctx.records[1].add_dense(per_example)
             grad_bias = per_example.sum(0).to(weight.dtype)
-        return grad_x, None, grad_weight, grad_bias, None, None, None
+        return grad_x, None, grad_weight, grad_bias, None, None, None, None
 
 
 class _ExpandTap(torch.autograd.Function):
@@ -204,14 +216,17 @@ class TapMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        handler = HANDLERS.get(func)
-        if handler is None:
-            return self._watch(func, args, kwargs)
         batch = self.batch()
         if batch is None:
             return func(*args, **kwargs)
-        result = handler(self, batch, func, *args, **kwargs)
-        return self._watch(func, args, kwargs) if result is NotImplemented else result
+        handler = HANDLERS.get(func)
+        out = NotImplemented
+        if handler is not None:
+            out = handler(self, batch, func, *args, **kwargs)
+        if out is NotImplemented:
+            out = self._watch(func, args, kwargs)
+        propagate(func, args, kwargs, out, batch.index, batch.n_examples)
+        return out
 
     def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func``; if a probed parameter enters it, note that no tap covers this use."""
@@ -219,17 +234,65 @@ class TapMode(TorchFunctionMode):
         if not (isinstance(out, Tensor | tuple | list)):
             return out
         for record in self._records_in((*args, *kwargs.values())):
-            if any(o.requires_grad and o is not record.parameter for o in _tensors(out)):
+            fresh = [o for o in _tensors(out) if not any(o is a for a in args)]
+            if any(o.requires_grad for o in fresh):
+                if self._follow(func, args, kwargs, out, record):
+                    continue
                 record.refuse(f"used by {resolve_name(func) or func}, which has no tap")
         return out
+
+    def _follow(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        record: ParamRecord,
+    ) -> bool:
+        """A parameter that is prepared for its use, as in ``1 + w`` or ``w.T``: remember how, and
+        decide where it meets an activation."""
+        before: Callable[[Tensor], Tensor] = _same
+        p: Tensor = record.parameter
+        for a in args:
+            if isinstance(a, Tensor) and hasattr(a, "_fastgrad_derived"):
+                p, before = a, a._fastgrad_derived[1]
+            elif isinstance(a, Tensor) and hasattr(a, "_fastgrad_shared"):
+                p, before = a, a._fastgrad_shared[-1]
+        if not isinstance(out, Tensor) or not any(a is p for a in args):
+            return False
+        if func in _TRANSPOSES and p.ndim == 2 and out.shape == p.shape[::-1]:
+            out._fastgrad_transposed = record  # type: ignore[attr-defined]
+            return True
+        others = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a is not p]
+        if func in _ELEMENTWISE and not others and out.shape == p.shape:
+
+            def again(q: Tensor) -> Tensor:
+                q = before(q)
+                return func(*(q if a is p else a for a in args), **kwargs)
+
+            if hasattr(p, "_fastgrad_shared"):
+                out._fastgrad_shared = (*p._fastgrad_shared[:-1], again)  # type: ignore[attr-defined]
+            else:
+                out._fastgrad_derived = (record, again)  # type: ignore[attr-defined]
+            return True
+        return False
 
     def _records_in(self, values: tuple[Any, ...]) -> list[ParamRecord]:
         found = []
         for value in values:
             for item in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(item, Tensor) and (record := self.lookup(item)) is not None:
+                if not isinstance(item, Tensor):
+                    continue
+                record = self.lookup(item) or getattr(item, "_fastgrad_transposed", None)
+                record = record or getattr(item, "_fastgrad_derived", (None,))[0]
+                record = record or getattr(item, "_fastgrad_shared", (None,))[0]
+                if record is not None:
                     found.append(record)
         return found
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -252,7 +315,9 @@ def _product(
     bias_record = None if bias is None else mode.lookup(bias)
     if (weight_record is None and bias_record is None) or weight.ndim != 2:
         return NotImplemented
-    rows = example_rows(x, batch.n_examples)
+    if bias is not None and bias.shape != weight.shape[int(transposed) :][:1]:
+        return NotImplemented  # a broadcast bias is not what layers have
+    rows = example_rows(x, batch)
     if rows is None:
         for record in (weight_record, bias_record):
             if record is not None:
@@ -288,10 +353,15 @@ def _addmm(
     return _product(mode, batch, mat1, mat2, input, transposed=True)
 
 
-def _matmul(mode: TapMode, batch: Batch, func: Any, input: Tensor, other: Tensor, **kw: Any) -> Any:
-    if kw or not isinstance(other, Tensor) or mode.lookup(other) is None:
+def _matmul(mode: TapMode, batch: Batch, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) for a in args):
         return NotImplemented
-    return _product(mode, batch, input, other, None, transposed=True)
+    x, weight = args
+    if (record := getattr(weight, "_fastgrad_transposed", None)) is not None:
+        return _product(mode, batch, x, record.parameter, None, transposed=False)
+    if mode.lookup(weight) is None:
+        return NotImplemented
+    return _product(mode, batch, x, weight, None, transposed=True)
 
 
 def _embedding(
@@ -312,30 +382,39 @@ def _embedding(
     if max_norm is not None or scale_grad_by_freq or sparse:
         record.refuse("its embedding uses max_norm, scale_grad_by_freq or sparse gradients")
         return NotImplemented
-    n = batch.n_examples
+    skipped = None if padding_idx is None else padding_idx % weight.shape[0]
+    n, dim = batch.n_examples, marked(input, batch.index)
     if input.ndim >= 2 and input.shape[0] == 1 and n > 1:
-        # Position ids shared by all examples: looked up once, added to each. Looking them up
-        # per example gives the same numbers, and a gradient for each example.
-        input = input.expand(n, *input.shape[1:])
-    if input.ndim < 1 or input.shape[0] != n:
+        # Position ids that all examples share: to be expanded where they meet the examples.
+        out = func(input, weight, padding_idx)
+        out._fastgrad_shared = (record, input, skipped, out.view_as(out), _same)
+        return out
+    if n == 1 or (
+        dim is None and input.ndim >= 2 and input.shape[0] == n and n not in batch.other_sizes
+    ):
+        dim = 0
+    if dim != 0 or input.ndim < 1 or input.shape[0] % n:
         record.refuse(
-            f"its embedding was looked up with ids of shape {tuple(input.shape)}, which have no "
-            f"example dimension of {n}"
+            f"its embedding was looked up with ids of shape {tuple(input.shape)}, which cannot be "
+            f"assigned to the batch's {n} examples"
         )
         return NotImplemented
-    record.expect_use(ids=input)
+    record.expect_use(ids=input.reshape(n, -1))
     out = func(input, weight, padding_idx)
-    skipped = None if padding_idx is None else padding_idx % weight.shape[0]
-    rows = Rows(n, input.shape[1:].numel())
-
-    def hook(grad: Tensor) -> None:
-        ids, flat = input.reshape(-1), grad.reshape(-1, grad.shape[-1])
-        if skipped is not None:
-            flat = flat.masked_fill((ids == skipped).unsqueeze(1), 0)
-        record.add_lookup(ids, flat, rows)
-
-    out.register_hook(hook)
+    out.register_hook(_lookup_hook(record, input, skipped, n))
     return out
+
+
+def _lookup_hook(
+    record: ParamRecord, ids: Tensor, skipped: int | None, n: int
+) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        flat_ids, flat = ids.reshape(-1).long(), grad.reshape(-1, grad.shape[-1])
+        if skipped is not None:
+            flat = flat.masked_fill((flat_ids == skipped).unsqueeze(1), 0)
+        record.add_lookup(flat_ids, flat, Rows(n, flat_ids.numel() // n))
+
+    return hook
 
 
 def _layer_norm(
@@ -355,7 +434,8 @@ def _layer_norm(
     known = [r for r in records if r is not None]
     if not known:
         return NotImplemented
-    if input.ndim <= len(normalized_shape) or input.shape[0] != batch.n_examples:
+    rows = example_rows(input, batch)
+    if rows is None or input.ndim <= len(normalized_shape):
         for record in known:
             record.refuse(
                 f"its layer norm saw an input of shape {tuple(input.shape)} without an "
@@ -365,9 +445,10 @@ def _layer_norm(
     for record in known:
         record.expect_use()
     if torch.is_autocast_enabled(input.device.type):  # autocast runs layer norm in float32
-        input = input.float()
+        input, weight = input.float(), weight.float()
+        bias = None if bias is None else bias.float()
     return _LayerNormTap.apply(
-        input, list(normalized_shape), weight, bias, eps, records[0], records[1]
+        input, list(normalized_shape), weight, bias, eps, rows.n_examples, *records
     )
 
 
@@ -383,6 +464,7 @@ def _rms_norm(
     if weight is None or mode.lookup(weight) is None:
         return NotImplemented
     normalised = func(input, normalized_shape, None, eps)
+    propagate(func, (input,), {}, normalised, batch.index, batch.n_examples)
     result = _broadcast(mode, batch, torch.mul, normalised, weight)
     if result is NotImplemented:
         return NotImplemented
@@ -391,36 +473,68 @@ def _rms_norm(
 
 def _broadcast(mode: TapMode, batch: Batch, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Elementwise functions: the parameter is expanded over the examples of its partner."""
-    records = [mode.lookup(a) if isinstance(a, Tensor) else None for a in args]
-    if not any(r is not None for r in records):
+    special = [a if isinstance(a, Tensor) and _source(mode, a) is not None else None for a in args]
+    if not any(s is not None for s in special):
         return NotImplemented
     n = batch.n_examples
     partners = [
-        a for a, r in zip(args, records, strict=True) if isinstance(a, Tensor) and r is None
+        a for a, s in zip(args, special, strict=True) if isinstance(a, Tensor) and s is None
     ]
     depth = max((p.ndim for p in partners), default=0)
-    if kwargs or depth < 1 or not any(p.ndim == depth and p.shape[0] == n for p in partners):
+    owned = [p for p in partners if p.ndim == depth >= 2 and p.shape[0] == n]
+    if kwargs or not any(example_rows(p, batch) is not None for p in owned):
+        return NotImplemented
+    if func in _INPLACE and special[0] is not None:
         return NotImplemented
     new = list(args)
-    for i, record in enumerate(records):
-        if record is None:
+    for i, tensor in enumerate(special):
+        if tensor is None:
             continue
-        p: Tensor = args[i]
-        if p.ndim < depth:
-            shape = torch.Size((n, *(1,) * (depth - 1 - p.ndim), *p.shape))
-        elif p.ndim == depth and p.shape[0] == 1:
-            shape = torch.Size((n, *p.shape[1:]))
+        if tensor.ndim < depth:
+            shape = torch.Size((n, *(1,) * (depth - 1 - tensor.ndim), *tensor.shape))
+        elif tensor.ndim == depth and tensor.shape[0] == 1:
+            shape = torch.Size((n, *tensor.shape[1:]))
         else:
             return NotImplemented
-        if n * p.numel() > DENSE_LIMIT:
-            record.refuse(
-                f"used elementwise with {p.numel()} elements: its gradients of {n} "
-                f"examples exceed {DENSE_LIMIT} elements"
-            )
+        expanded = _expanded(mode, batch, tensor, shape)
+        if expanded is None:
             return NotImplemented
-        record.expect_use()
-        new[i] = _ExpandTap.apply(p, shape, record)
+        new[i] = expanded
     return func(*new)
+
+
+def _source(mode: TapMode, tensor: Tensor) -> ParamRecord | None:
+    """The record of a parameter, of what was made of one alone, or of a shared lookup."""
+    record = mode.lookup(tensor) or getattr(tensor, "_fastgrad_derived", (None,))[0]
+    return record or getattr(tensor, "_fastgrad_shared", (None,))[0]
+
+
+def _expanded(mode: TapMode, batch: Batch, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+    """``tensor`` with an example dimension, and a tap on it; None if it would be too large."""
+    n = batch.n_examples
+    if hasattr(tensor, "_fastgrad_shared"):
+        record, ids, skipped, rows, again = tensor._fastgrad_shared
+        ids = ids.expand(n, *ids.shape[1:])
+        record.expect_use(ids=ids.reshape(n, -1))
+        expanded = rows.expand(shape)
+        expanded.register_hook(_lookup_hook(record, ids, skipped, n))
+        return again(expanded)
+    record = _source(mode, tensor)
+    assert record is not None
+    if n * tensor.numel() > DENSE_LIMIT:
+        record.refuse(
+            f"used elementwise with {tensor.numel()} elements: its gradients of {n} examples "
+            f"exceed {DENSE_LIMIT} elements"
+        )
+        return None
+    record.expect_use()
+    expanded = _ExpandTap.apply(record.parameter, shape, record)
+    derived = getattr(tensor, "_fastgrad_derived", None)
+    return expanded if derived is None else derived[1](expanded)
+
+
+INPLACE = ("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+_INPLACE = {getattr(Tensor, name) for name in INPLACE}
 
 
 def _handlers() -> dict[Any, Callable[..., Any]]:
@@ -448,6 +562,7 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
         "__sub__",
         "__rsub__",
         "__truediv__",
+        *INPLACE,
     ):
         for owner in (torch, Tensor):
             if hasattr(owner, name):
@@ -456,5 +571,41 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
 
 
 HANDLERS = _handlers()
+_TRANSPOSES = {torch.t, Tensor.t, torch.transpose, Tensor.transpose}
+_TRANSPOSES |= {getattr(Tensor, name).__get__ for name in ("T", "mT")}
+_ELEMENTWISE = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "exp",
+        "float",
+        "to",
+        "type",
+        "type_as",
+        "bfloat16",
+        "half",
+        "double",
+        "__add__",
+        "__radd__",
+        "__sub__",
+        "__rsub__",
+        "__mul__",
+        "__rmul__",
+        "__truediv__",
+        "__neg__",
+        "sigmoid",
+        "tanh",
+        "softplus",
+        "abs",
+        "square",
+        "clamp",
+    )
+    if hasattr(owner, name)
+}
 
 __all__ = ["HANDLERS", "Rows", "TapMode", "example_rows"]

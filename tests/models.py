@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -68,11 +70,31 @@ def bert() -> nn.Module:
     )
 
 
+def gemma() -> nn.Module:
+    """Norms that scale by ``1 + weight``, embeddings that are scaled and tied."""
+    return GemmaForCausalLM(
+        GemmaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "llama-tied": lambda: llama(tied=True),
     "gpt2": gpt2,
     "bert": bert,
+    "gemma": gemma,
 }
 
 

@@ -17,6 +17,7 @@ RANKS: list[set[str]] = [
     {"fastgrad_kernels"},
     {"errors"},
     {"files", "identity", "blocks"},
+    {"ownership"},
     {"taps", "records", "batches"},
     {"stats"},
     {"concentration"},

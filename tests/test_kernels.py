@@ -81,6 +81,27 @@ def test_both_forms_agree_on_tall_tiles(gram, monkeypatch):
         torch.testing.assert_close(sq.double(), want_sq, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("mean", [0.0, 30.0, 300.0])
+def test_gram_form_survives_cancellation(mean):
+    """Inputs with a large common mean against gradients that sum to zero, as keys have."""
+    torch.manual_seed(0)
+    right = torch.randn(4 * 32, 256) + mean
+    left = torch.randn(4, 32, 128)
+    left = (left - left.mean(1, keepdim=True)).view(-1, 128)
+    offsets = offsets_of([32] * 4)
+    _, want, _ = reference.cross_influence(left, right, offsets, 128, 256)
+    sq = cpu.gram_norms(left, right, offsets.tolist())
+    one_by_one = torch.stack(
+        [
+            (left[s : s + 32].T @ right[s : s + 32]).double().square().sum()
+            for s in range(0, 128, 32)
+        ]
+    )
+    error = float(((sq.double() - want[0]) / want[0]).abs().max())
+    plain = float(((one_by_one - want[0]) / want[0]).abs().max())
+    assert error <= max(1e-4, 4 * plain)
+
+
 def test_form_is_chosen_by_shape():
     assert cpu.prefer_gram(512, 512, 32, True)
     assert not cpu.prefer_gram(512, 512, 128, True)

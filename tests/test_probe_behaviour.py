@@ -111,6 +111,44 @@ class Matmul(nn.Module):
         return x @ self.w
 
 
+class Prepared(nn.Module):
+    """Parameters that are prepared before they meet an activation: Gemma's norm, tied heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.w = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        x = x * (1.0 + self.scale.float()) + torch.exp(self.scale)
+        return torch.tanh(x @ self.w.T) @ self.w.t() + torch.matmul(x, self.w.transpose(0, 1))
+
+
+class Positions(nn.Module):
+    """Position embeddings in their usual forms, added with and without an operator of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+
+    def forward(self, x):
+        ids = torch.arange(x.shape[1])[None]
+        x = x + self.table(ids).to(x.dtype)
+        x += self.table(ids + 1)
+        return x * torch.sigmoid(self.table(ids))
+
+
+class Flattened(nn.Module):
+    """Examples and tokens in one dimension, made by reshape and followed through functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(6, 8), nn.Linear(8, 6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        flat = x.transpose(1, 2).reshape(x.shape[0], 6, -1).transpose(1, 2).reshape(-1, 6)
+        return self.norm(self.b(torch.relu(self.a(flat)))).view(x.shape)
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -123,10 +161,154 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("blocks", ["module", "2x4"])
-@pytest.mark.parametrize("piece", [Twice, Scales, Matmul, Normed])
+@pytest.mark.parametrize("piece", [Twice, Scales, Matmul, Normed, Prepared, Positions, Flattened])
 def test_uses_of_every_kind_are_exact(piece, blocks):
     torch.manual_seed(0)
     assert_exact(Net(piece()), *data(), blocks=blocks, strict=True)
+
+
+@pytest.mark.parametrize("piece", [Twice, Scales, Matmul, Normed, Prepared, Positions, Flattened])
+def test_a_batch_as_large_as_its_rows_are_long(piece):
+    """Sizes prove nothing here: 3 examples of 3 tokens, 6 examples at width 6."""
+    torch.manual_seed(0)
+    assert_exact(Net(piece()), *data(3, 3), strict=True)
+    assert_exact(Net(piece()), *data(6, 3), strict=True)
+    assert_exact(Net(piece()), *data(8, 3), strict=True)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.back = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = torch.tanh(self.lin(x.transpose(0, 1)))
+        return self.back(y.transpose(0, 1))
+
+
+class Foreign(nn.Module):
+    """Parameters that meet something of the batch's size which is no activation."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(n, 6)), nn.Parameter(torch.randn(6, 6))
+        self.scale = nn.Parameter(torch.randn(6))
+        self.register_buffer("mask", torch.randn(n, 6))
+
+    def forward(self, x):
+        w = self.a @ self.b
+        return F.linear(F.linear(x, w), w.T) + F.linear(x, self.mask * self.scale)[..., :1]
+
+
+class Relative(nn.Module):
+    """A table looked up with ids that do not come from the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+
+    def forward(self, x):
+        return x + self.table(torch.arange(x.shape[1])) * 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "n", "missing"),
+    [
+        (SequenceFirst, 3, {"piece.lin.weight", "piece.lin.bias"}),
+        (lambda: Foreign(4), 4, {"piece.a", "piece.b", "piece.scale"}),
+        (Relative, 3, {"piece.table.weight"}),
+    ],
+    ids=["sequence-first", "foreign", "relative"],
+)
+def test_what_only_looks_like_examples_is_missing(make, n, missing):
+    torch.manual_seed(0)
+    model = Net(make())
+    if isinstance(model.piece, Foreign):
+        model.head = nn.Linear(6, 5)
+    assert_exact(model, *data(n, 3), missing=missing)
+
+
+class Picked(nn.Module):
+    """As many routed rows as examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        flat = x.reshape(-1, 6)
+        return x + self.expert(flat[torch.tensor([0, 4])]).sum(0)
+
+
+def test_as_many_picked_rows_as_examples():
+    torch.manual_seed(0)
+    model = Net(Picked())
+    with fg.Probe(model) as probe:
+        run(model, *data(2, 3)).backward()
+    assert probe.stats().coverage["piece.expert.weight"].status == "missing"
+
+
+class Cancelling(nn.Module):
+    """Two uses of one weight that nearly cancel, as a critic's on real minus fake."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.lin, self.eps = nn.Linear(6, 6, bias=False), eps
+
+    def forward(self, x):
+        return (self.lin(x) - self.lin(x * (1 + self.eps))) / self.eps
+
+
+@pytest.mark.parametrize("eps", [0.5, 1e-2, 1e-3])
+def test_cross_terms_that_nearly_cancel(eps):
+    """One example at a time is itself off by eps(float32)/eps here; ten times that is allowed."""
+    torch.manual_seed(0)
+    model, (ids, labels) = Net(Cancelling(eps)), data()
+    with fg.Probe(model, strict=True) as probe:
+        run(model, ids, labels).backward()
+    stats = probe.stats()
+    row = stats.index("piece.lin.weight")
+    want = [float(r["piece.lin.weight"].norm()) for r in definition(model, ids, labels)]
+    np.testing.assert_allclose(stats.T[row], want, rtol=1e-4 + 1e-6 / eps)
+
+
+class Heads(nn.Module):
+    """A norm on heads that were moved by a transpose: not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x):
+        heads = x.view(*x.shape[:2], 2, 3).transpose(1, 2)
+        return self.norm(heads).transpose(1, 2).flatten(2)
+
+
+class Scalar(nn.Module):
+    """A bias of one element, broadcast over all outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        return F.linear(x, self.w) + F.linear(x, self.w.detach(), self.b)
+
+
+def test_odd_but_legal_layers_do_not_crash():
+    torch.manual_seed(0)
+    assert_exact(Net(Heads()), *data(), strict=True)
+    assert_exact(Net(Scalar()), *data(), missing={"piece.b"})
+    ids, labels = data()
+    model = Net(Twice())
+    with fg.Probe(model, strict=True) as probe:
+        run(model, ids.int(), labels).backward()
+    assert probe.stats().n_examples == 4
+    with fg.Probe(model):
+        torch.mm(torch.ones(2, 2), mat2=torch.ones(2, 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            norm = Net(Normed()).bfloat16()
+            run(norm, ids, labels)
 
 
 def test_one_example_and_one_token():
@@ -136,14 +318,14 @@ def test_one_example_and_one_token():
 
 
 class Hidden(nn.Module):
-    """A weight of which one use has no tap (a transposed product)."""
+    """A weight of which one use has no tap."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lin = nn.Linear(6, 6, bias=False)
 
     def forward(self, x):
-        return self.lin(x) @ self.lin.weight.t()
+        return torch.einsum("bti,io->bto", self.lin(x), self.lin.weight)
 
 
 class Smuggled(nn.Module):
@@ -193,7 +375,7 @@ class Conv(nn.Module):
 @pytest.mark.parametrize(
     ("piece", "missing", "reason"),
     [
-        (Hidden, ["piece.lin.weight"], "torch.Tensor.t"),
+        (Hidden, ["piece.lin.weight"], "torch.functional.einsum"),
         (Smuggled, ["piece.lin.weight"], "self-check"),
         (Conv, ["piece.conv.weight", "piece.conv.bias"], "conv1d"),
     ],
@@ -475,6 +657,90 @@ def test_two_forward_passes_one_backward_pass():
             got = stats.influence("example_mean")[:, column]
             np.testing.assert_allclose(got, want, rtol=2e-4)
             column += 1
+
+
+def test_gradients_of_inputs_alone_are_no_batch():
+    model = randomised(MODELS["llama"])
+    plain = fg.Probe(model, hash_weights=False)
+    with plain:
+        model(**batch_of()).loss.backward()
+    model.zero_grad()
+    with fg.Probe(model, strict=True) as probe:
+        batch = batch_of()
+        embedded = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+        model.model.embed_tokens.requires_grad_(True)
+        loss = model(inputs_embeds=embedded, **batch).loss
+        torch.autograd.grad(loss, embedded, retain_graph=True)
+        loss.backward()
+    stats = probe.stats()
+    assert (stats.n_batches, stats.n_examples) == (1, 3)
+    rows = [i for i, n in enumerate(stats.names) if "embed" not in n]
+    np.testing.assert_allclose(stats.T[rows], plain.stats().T[rows], rtol=1e-4, atol=1e-6)
+    before = probe.stats().grad_norm
+    model(**batch_of()).loss.backward()  # after the block: not measured
+    assert np.array_equal(probe.stats().grad_norm, before)
+
+
+def test_the_self_check_covers_several_forward_passes():
+    torch.manual_seed(0)
+    model = Net(Smuggled())
+    with fg.Probe(model) as probe:
+        (run(model, *data(2)) + run(model, *data(4, seed=1))).backward()
+    coverage = probe.stats().coverage
+    assert coverage["piece.lin.weight"].status == "missing"
+    assert coverage["head.weight"].status == "exact"
+
+
+def test_checkpoints_with_other_forward_passes_before_the_backward_pass():
+    model = randomised(MODELS["llama"]).train()
+    first, second = batch_of(2, seed=1), batch_of(3, seed=2)
+    with fg.Probe(model) as probe:
+        (model(**first).loss + model(**second).loss).backward()
+    want = probe.stats().T
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with fg.Probe(model, strict=True) as probe:
+        loss = model(**first).loss + model(**second).loss
+        with torch.no_grad():
+            model(**batch_of(4))  # a reference model's pass, say
+        loss.backward()
+    np.testing.assert_allclose(probe.stats().T, want, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_scale_is_divided_out():
+    model = randomised(MODELS["llama"])
+    with fg.Probe(model) as plain:
+        model(**batch_of()).loss.backward()
+    with fg.Probe(model, loss_scale=0.125) as probe:
+        (model(**batch_of()).loss / 8).backward()
+    a, b = plain.stats(), probe.stats()
+    np.testing.assert_allclose(
+        a.influence("example_mean"), b.influence("example_mean"), rtol=1e-5, atol=1e-8
+    )
+    np.testing.assert_allclose(a.T, 8 * b.T, rtol=1e-5, atol=1e-8)
+
+
+def test_misuse_leaves_nothing_behind():
+    model = randomised(MODELS["llama"])
+    with fg.Probe(model), pytest.raises(ProbeError, match="another probe"), fg.Probe(model):
+        pass
+    probe = fg.Probe(model)
+    model.lm_head.requires_grad_(False)
+    with pytest.raises(ProbeError, match=r"lm_head\.weight was frozen"), probe:
+        pass
+    assert not model._forward_hooks
+    model.lm_head.requires_grad_(True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ProbeError, match="was replaced"), probe:
+        pass
+    with fg.Probe(model) as probe:
+        twin = copy.deepcopy(model)
+        twin(**batch_of()).loss.backward()
+        model(**batch_of()).loss.backward()
+    assert probe.stats().n_examples == 3
+    selection = fg.select(None, model=model, fraction=0.3, ranking="random", blocks="row")
+    fg.make_partial(model, selection)
+    with pytest.raises(ProbeError, match="partial"):
+        fg.Probe(model)
 
 
 def test_a_second_backward_pass_and_an_outside_gradient_are_missing():
