@@ -8,12 +8,11 @@ stats = probe.stats()
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -37,13 +36,18 @@ from fastgrad.blocks import BlockGrid, check_spec
 from fastgrad.errors import CoverageError, NonFiniteGradientError, ProbeError
 from fastgrad.identity import PACKED_SUFFIX, model_parameters, unwrapped, weights_hash
 from fastgrad.ownership import NONE, mark
+from fastgrad.probe_arguments import (
+    Direction,
+    check_patterns,
+    matches,
+    named_directions,
+    refuse_compiled,
+)
 from fastgrad.records import Batch, ParamRecord, Target, mismatch
 from fastgrad.stats import Coverage, GradientStats
 from fastgrad.taps import TapMode
 from fastgrad_kernels import ops
 from fastgrad_kernels.layout import matrix_view, sum_of_squares
-
-Direction = Mapping[str, Tensor]
 
 
 class Probe:
@@ -102,7 +106,7 @@ class Probe:
         hash_weights: bool = True,
     ) -> None:
         check_spec(blocks)
-        _refuse_compiled(model)
+        refuse_compiled(model)
         if any(name.endswith(PACKED_SUFFIX) for name, _ in model.named_parameters()):
             raise ProbeError(
                 "this model is partial: its packed blocks are not probed. Remedy: call "
@@ -122,17 +126,17 @@ class Probe:
             shifts_labels(unwrapped(model)) if shift_labels is None else shift_labels
         )
         everything = model_parameters(model)
-        names = [n for n, p in everything.items() if p.requires_grad and _matches(n, params)]
-        _check_patterns(params, everything, "params")
+        names = [n for n, p in everything.items() if p.requires_grad and matches(n, params)]
+        check_patterns(params, everything, "params")
         if not names:
             raise ProbeError(
                 "no parameter to probe: none requires a gradient"
                 + (f" and matches {list(params)}" if params else "")
                 + ". Remedy: call requires_grad_(True) on what you want to measure"
             )
-        _check_patterns(detail, everything, "detail")
-        self._detail = {n for n in names if _matches(n, detail)}
-        self._directions = _named_directions(targets, everything, names)
+        check_patterns(detail, everything, "detail")
+        self._detail = {n for n in names if matches(n, detail)}
+        self._directions = named_directions(targets, everything, names)
         self._frozen = [n for n in everything if n not in names]
         self._missing: dict[str, str] = {}
         self._used: set[str] = set()
@@ -553,53 +557,3 @@ class Probe:
             for d in self._directions.values()
         ]
         return torch.stack([r.float() for r in rows])
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ProbeError(
-                f"{name or 'the model'} is compiled with torch.compile, which would bypass the "
-                "taps. Remedy: probe the model before compiling it"
-            )
-
-
-# -- arguments ---------------------------------------------------------------------------
-
-
-def _matches(name: str, patterns: Sequence[str] | None) -> bool:
-    return patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns)
-
-
-def _check_patterns(
-    patterns: Sequence[str] | None, names: Mapping[str, object], argument: str
-) -> None:
-    for pattern in patterns or ():
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
-            raise ProbeError(
-                f"{argument}: the pattern {pattern!r} matches no parameter; names are "
-                f"like {', '.join(list(names)[:3])}"
-            )
-
-
-def _named_directions(
-    targets: Direction | Mapping[str, Direction] | None,
-    everything: Mapping[str, nn.Parameter],
-    probed: Sequence[str],
-) -> dict[str, Direction]:
-    if not targets:
-        return {}
-    flat = all(isinstance(v, Tensor) for v in targets.values())
-    named = cast(dict[str, Direction], {"target": targets} if flat else dict(targets.items()))
-    for label, direction in named.items():
-        for name, tensor in direction.items():
-            if name not in everything:
-                raise ProbeError(f"direction {label!r} names {name!r}, which the model lacks")
-            if tensor.shape != everything[name].shape:
-                raise ProbeError(
-                    f"direction {label!r}: {name} is {tuple(tensor.shape)}, the "
-                    f"parameter {tuple(everything[name].shape)}"
-                )
-        if not set(direction) & set(probed):
-            raise ProbeError(f"direction {label!r} touches no probed parameter")
-    return named

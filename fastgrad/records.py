@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.blocks import BlockGrid
-from fastgrad.taps import Rows
+from fastgrad.tap_functions import Rows
 from fastgrad_kernels import ops
 from fastgrad_kernels.cpu import gram_products
 from fastgrad_kernels.layout import block_sums

@@ -17,7 +17,7 @@ RANKS: list[set[str]] = [
     {"fastgrad_kernels"},
     {"errors"},
     {"files", "identity", "blocks"},
-    {"ownership"},
+    {"ownership", "tap_functions", "probe_arguments"},
     {"taps", "records", "batches"},
     {"stats"},
     {"concentration"},

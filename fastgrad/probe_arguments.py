@@ -1,0 +1,60 @@
+"""What may be given to a probe, checked before anything is measured."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from fastgrad.errors import ProbeError
+
+Direction = Mapping[str, Tensor]
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ProbeError(
+                f"{name or 'the model'} is compiled with torch.compile, which would bypass the "
+                "taps. Remedy: probe the model before compiling it"
+            )
+
+
+def matches(name: str, patterns: Sequence[str] | None) -> bool:
+    return patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def check_patterns(
+    patterns: Sequence[str] | None, names: Mapping[str, object], argument: str
+) -> None:
+    for pattern in patterns or ():
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            raise ProbeError(
+                f"{argument}: the pattern {pattern!r} matches no parameter; names are "
+                f"like {', '.join(list(names)[:3])}"
+            )
+
+
+def named_directions(
+    targets: Direction | Mapping[str, Direction] | None,
+    everything: Mapping[str, nn.Parameter],
+    probed: Sequence[str],
+) -> dict[str, Direction]:
+    if not targets:
+        return {}
+    flat = all(isinstance(v, Tensor) for v in targets.values())
+    named = cast(dict[str, Direction], {"target": targets} if flat else dict(targets.items()))
+    for label, direction in named.items():
+        for name, tensor in direction.items():
+            if name not in everything:
+                raise ProbeError(f"direction {label!r} names {name!r}, which the model lacks")
+            if tensor.shape != everything[name].shape:
+                raise ProbeError(
+                    f"direction {label!r}: {name} is {tuple(tensor.shape)}, the "
+                    f"parameter {tuple(everything[name].shape)}"
+                )
+        if not set(direction) & set(probed):
+            raise ProbeError(f"direction {label!r} touches no probed parameter")
+    return named
