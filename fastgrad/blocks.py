@@ -32,7 +32,7 @@ def check_spec(spec: str) -> str:
         BlockSpecError: for anything but ``module``, ``row``, ``column``, ``expert`` or a tile
             such as ``128x128``.
     """
-    if spec in NAMED_SPECS or _TILE.match(spec):
+    if isinstance(spec, str) and (spec in NAMED_SPECS or _TILE.fullmatch(spec)):
         return spec
     raise BlockSpecError(
         f"unknown block granularity {spec!r}; use one of {', '.join(NAMED_SPECS)}, "

@@ -93,16 +93,26 @@ def load_delta(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if header["format"] != FORMAT:
             raise DeltaError(f"{path} has format {header['format']!r}, expected {FORMAT!r}")
-        shapes = {n: tuple(s) for n, s in header["shapes"].items()}
+        shapes = {n: _shape(s) for n, s in header["shapes"].items()}
         grids = {n: BlockGrid.of(s, header["spec"]) for n, s in shapes.items()}
         values = {n: tensors[f"values/{n}"] for n in shapes}
         ids = {
-            n: tensors[f"blocks/{n}"].long() if f"blocks/{n}" in tensors else None for n in shapes
+            n: _block_ids(tensors[f"blocks/{n}"]) if f"blocks/{n}" in tensors else None
+            for n in shapes
         }
-        base_hash = header["base_hash"]
+        base_hash = str(header["base_hash"])
     except FileNotFoundError:
         raise DeltaError(f"no delta file at {path}") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+        OSError,
+    ) as error:
         if isinstance(error, DeltaError):
             raise
         raise DeltaError(f"{path} is damaged or not a fastgrad delta: {error}") from error
@@ -135,6 +145,20 @@ def load_delta(
     return applied
 
 
+def _shape(raw: object) -> tuple[int, ...]:
+    if not isinstance(raw, list) or not all(type(n) is int and n >= 0 for n in raw):
+        raise ValueError(f"{raw!r} is not a shape")
+    return tuple(raw)
+
+
+def _block_ids(ids: Tensor) -> Tensor:
+    if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"block numbers are {ids.ndim}-D {ids.dtype}, not a list of integers")
+    if not bool((ids[1:] > ids[:-1]).all()):
+        raise ValueError("block numbers do not rise")
+    return ids.long()
+
+
 def _check_values(
     path: object, name: str, grid: BlockGrid, ids: Tensor | None, values: Tensor
 ) -> None:
@@ -143,6 +167,8 @@ def _check_values(
             grid.check_ids(ids.numpy(), name)
     except BlockSpecError as error:
         raise DeltaError(f"{path} is damaged: {error}") from error
+    if not bool(torch.isfinite(values).all()):
+        raise DeltaError(f"{path} holds NaN or infinity for {name}")
     expected = grid.shape if ids is None else (ids.numel(), grid.block_rows, grid.block_cols)
     if tuple(values.shape) != expected:
         raise DeltaError(

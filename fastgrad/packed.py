@@ -8,7 +8,6 @@ through to the full weight after each optimizer step. Nothing else about the mod
 
 from __future__ import annotations
 
-import copy
 from functools import wraps
 from typing import Any
 
@@ -45,16 +44,11 @@ class PackedBlocks:
         self.packed._fastgrad_name = name  # type: ignore[attr-defined]
         self._synced, self._full_seen = self.packed._version, self.full._version
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedBlocks:
-        new = object.__new__(PackedBlocks)
-        memo[id(self)] = new
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = copy.deepcopy(value, memo)
-        new.packed._fastgrad_blocks = new  # type: ignore[attr-defined]
-        new.packed._fastgrad_name = new.name  # type: ignore[attr-defined]
-        # copies begin with a version of their own
-        new._synced, new._full_seen = new.packed._version, new.full._version
-        return new
+    def bind(self, full: Any, packed: Any) -> None:
+        """Belong to these tensors, which hold what the former ones held."""
+        self.full, self.packed = full, packed
+        packed._fastgrad_blocks, packed._fastgrad_name = self, self.name
+        self._synced, self._full_seen = packed._version, full._version
 
     @property
     def whole(self) -> bool:
@@ -98,8 +92,14 @@ class PackedBlocks:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the full weight's values, after they were loaded from elsewhere."""
-        self.packed.copy_(self.gather(self.full.detach()))
+        """Take over the full weight's values, after they were loaded from elsewhere.
+
+        Where the full weight is what the packed value rounds to, the packed value keeps the
+        digits that only a master copy has: a reload of the same weights changes nothing.
+        """
+        new = self.gather(self.full.detach())
+        same = self.packed.to(new.dtype) == new
+        self.packed.copy_(torch.where(same, self.packed, new.to(self.packed.dtype)))
         self._synced, self._full_seen = self.packed._version, self.full._version
 
 
@@ -262,6 +262,15 @@ class PartialModule(nn.Module):
                 x, packed, bias, full, blocks, self._fastgrad_fast == "conv1d"
             )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made on the spot: pickle and deepcopy find it by the class underneath.
+        return _new_partial, (type(self).__mro__[2],), self.__dict__
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        for attribute, blocks in self._fastgrad_packed.items():  # of a copy: bind to its tensors
+            blocks.bind(self._parameters[attribute], self._parameters[packed_attribute(attribute)])
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for blocks in self._fastgrad_packed.values():
             blocks.sync_if_stale()
@@ -321,6 +330,11 @@ def check_owner(module: nn.Module, name: str) -> None:
             "its weight cannot be trained. Remedy: select whole parameters there, without a "
             "master copy"
         )
+
+
+def _new_partial(cls: type[nn.Module]) -> nn.Module:
+    made = partial_class(cls)
+    return made.__new__(made)
 
 
 def install(module: nn.Module, attribute: str, blocks: PackedBlocks) -> None:

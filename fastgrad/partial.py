@@ -72,8 +72,9 @@ class Partial:
     def sync(self) -> None:
         """Write the packed values through to the full weights.
 
-        Called by itself after the step of every ``torch.optim.Optimizer`` and before the next
-        forward pass; needed only after changing packed parameters by other means.
+        Called by itself after the step of every ``torch.optim.Optimizer`` and, after in-place
+        changes, before the next forward pass. Needed only after changes that PyTorch does not
+        count, such as those through ``.data``.
         """
         self._check()
         for blocks in self.packed:

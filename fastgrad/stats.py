@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from fastgrad.blocks import BlockGrid
+from fastgrad.blocks import BlockGrid, check_spec
 from fastgrad.errors import StatsError
 from fastgrad.files import atomic_path
 
@@ -76,6 +76,43 @@ class GradientStats:
     alignment_by_direction: Array = field(default_factory=lambda: np.zeros((0, 0, 0)))
     coverage_list: list[Coverage] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def _validate(self) -> None:
+        """Everything that was read fits together.
+
+        Raises:
+            ValueError: naming the first thing that does not.
+        """
+        texts = [*self.names, *self.directions]
+        if not isinstance(self.names, list) or not all(isinstance(t, str) for t in texts):
+            raise ValueError("names are not a list of strings")
+        if not all(type(d) is int and d >= 0 for shape in self.shapes for d in shape):
+            raise ValueError("a shape is not made of sizes")
+        if not isinstance(self.meta, dict):
+            raise ValueError("meta is not a mapping")
+        check_spec(self.spec)
+        if {c.status for c in self.coverage_list} - {"exact", "unused", "frozen", "missing"}:
+            raise ValueError("an unknown coverage status")
+        p, e, n = len(self.names), self.batch.size, self.batch_sq.shape[-1]
+        expected = {
+            "sq": (p, e),
+            "batch": (e,),
+            "label_tokens": (e,),
+            "mean_factor": (e,),
+            "sum_factor": (e,),
+            "batch_sq": (p, n),
+            "weight_sq": (p,),
+            "alignment_by_direction": (len(self.directions), p, e),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected {shape}")
+        if len(self.shapes) != p or (e and not 0 <= self.batch.min() <= self.batch.max() < n):
+            raise ValueError("shapes or batch numbers do not fit the names and passes")
+        for kept, width in ((self.block_sq, (e,)), (self.block_batch_sq, ())):
+            for name, values in kept.items():
+                if values.shape != (self.grid(name).n_blocks, *width):
+                    raise ValueError(f"blocks of {name} have shape {values.shape}")
 
     # -- sizes ---------------------------------------------------------------------------
 
@@ -296,6 +333,7 @@ class GradientStats:
             ("directions", self.directions, other.directions),
             ("loss reduction", self.meta.get("loss_reduction"), other.meta.get("loss_reduction")),
             ("block detail", sorted(self.block_sq), sorted(other.block_sq)),
+            ("kinds (with and without examples)", self.n_examples > 0, other.n_examples > 0),
         ):
             if a != b:
                 raise StatsError(
@@ -365,7 +403,7 @@ class GradientStats:
                 raise StatsError(
                     f"{path} has format {header['format']!r}, this version reads {FORMAT!r}"
                 )
-            return cls(
+            stats = cls(
                 names=header["names"],
                 shapes=[tuple(s) for s in header["shapes"]],
                 spec=header["spec"],
@@ -376,9 +414,22 @@ class GradientStats:
                 block_batch_sq=_below(arrays, "block_batch_sq/"),
                 **{name: arrays[name] for name in _ARRAYS},
             )
+            stats._validate()
+            return stats
         except FileNotFoundError:
             raise StatsError(f"no statistics file at {path}") from None
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+            OSError,
+        ) as error:
+            if isinstance(error, StatsError):
+                raise
             raise StatsError(f"{path} is damaged or no statistics file: {error}") from error
 
 

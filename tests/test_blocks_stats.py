@@ -134,6 +134,42 @@ def test_damaged_files_are_refused(tmp_path):
         fg.GradientStats.load(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": "abc"},
+        {"names": [1, 2]},
+        {"names": ["a"]},
+        {"shapes": [[float("inf")]]},
+        {"spec": "8x"},
+        {"meta": []},
+        {"coverage": [{"name": "a", "status": "sure"}]},
+        {"directions": ["a"]},
+        {"format": "x"},
+    ],
+    ids=str,
+)
+def test_hostile_headers_are_refused(tmp_path, change):
+    import json
+
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "s.safetensors"
+    probed(randomised(MODELS["llama"]), [1]).save(path)
+    with safe_open(path, framework="np") as file:
+        header = json.loads(file.metadata()["fastgrad"])
+        arrays = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    save_file(arrays, path, metadata={"fastgrad": json.dumps(header | change)})
+    with pytest.raises(StatsError):
+        fg.GradientStats.load(path)
+    save_file(
+        arrays | {"sq": arrays["sq"][:, :1].copy()}, path, metadata={"fastgrad": json.dumps(header)}
+    )
+    with pytest.raises(StatsError, match="sq has shape"):
+        fg.GradientStats.load(path)
+
+
 class Mean(nn.Module):
     """Loss ``½|w - x|²``: the gradient of example x is ``w - x``, so its moments are known."""
 

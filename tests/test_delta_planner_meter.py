@@ -65,6 +65,70 @@ def test_delta_refuses_other_weights_and_damage(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
+HOSTILE = [
+    {"shapes": {"lm_head.weight": [float("inf"), 2]}},
+    {"shapes": {"lm_head.weight": "61"}},
+    {"shapes": [1, 2]},
+    {"base_hash": 5},
+    {"base_hash": None},
+    {"spec": "8x8\n"},
+    {"spec": 3},
+    {"format": None},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=str)
+def test_hostile_delta_headers_are_refused(tmp_path, change):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    base, _, partial, _ = trained()
+    path = tmp_path / "d.safetensors"
+    fg.save_delta(partial, path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["fastgrad"]) | change
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"fastgrad": json.dumps(header)})
+    with pytest.raises(DeltaError):
+        fg.load_delta(base, path)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([0.7, 3.2]),
+        torch.tensor([2, 1]),
+        torch.tensor([True, False]),
+        torch.tensor([[0, 1]]),
+        torch.tensor([-1, 1]),
+        torch.tensor([0, 99999]),
+    ],
+    ids=str,
+)
+def test_hostile_block_numbers_and_values_are_refused(tmp_path, ids):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    base, _, partial, _ = trained()
+    before = copy.deepcopy(base.state_dict())
+    path = tmp_path / "d.safetensors"
+    fg.save_delta(partial, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed = tensors | {f"blocks/{name}": ids, f"values/{name}": torch.zeros(2, 8, 8)}
+    for content in (changed, tensors | {f"values/{name}": tensors[f"values/{name}"] * torch.nan}):
+        save_file(content, path, metadata=metadata)
+        with pytest.raises(DeltaError):
+            fg.load_delta(base, path)
+    metadata = {"fastgrad": "[" * 100_000}
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(DeltaError):
+        fg.load_delta(base, path)
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+
+
 def test_a_failed_save_leaves_the_old_delta(tmp_path, monkeypatch):
     _, _, partial, _ = trained()
     path = tmp_path / "d.safetensors"

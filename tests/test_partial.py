@@ -359,6 +359,24 @@ def test_memory_layouts_do_not_change_the_update():
     torch.testing.assert_close(other, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_masters_keep_their_digits_over_a_reload(tmp_path):
+    model = randomised(MODELS["llama"]).bfloat16()
+    partial = make_partial(model, selection_of(model, "8x8"), master_dtype=torch.float32)
+    with torch.no_grad():
+        for p in partial.parameters():
+            p.mul_(1 + 1e-4)
+    partial.sync()
+    masters = [p.detach().clone() for p in partial.parameters()]
+    model.load_state_dict(model.state_dict())
+    for p, q in zip(partial.parameters(), masters, strict=True):
+        assert torch.equal(p, q)
+    torch.save(model, tmp_path / "whole.pt")
+    again = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(again(**batch_of()).logits, model(**batch_of()).logits)
+    packed = [p for p in again.parameters() if p.requires_grad]
+    assert sorted(p.numel() for p in packed) == sorted(p.numel() for p in masters)
+
+
 def test_a_child_called_module_keeps_its_name():
     model = nn.Module()
     model.weight, model.module = nn.Parameter(torch.ones(6)), nn.Linear(6, 6)
