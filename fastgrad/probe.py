@@ -366,11 +366,16 @@ class Probe:
         self._samples.clear()
         if not arrived:  # a gradient of the inputs alone: the batches may still be trained on
             for batch in batches:
-                for record in batch.arrived.values():
-                    record.forget()
-                batch.arrived.clear()
+                batch.forget()
                 self._pending.add(batch)
             return
+        try:
+            self._take(batches, arrived)
+        finally:
+            for batch in batches:
+                batch.forget()
+
+    def _take(self, batches: Sequence[Batch], arrived: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         bad = [name for name, (sq, _) in arrived.items() if not bool(torch.isfinite(sq).all())]
         if bad:
             if self.on_nonfinite == "raise":
@@ -409,7 +414,6 @@ class Probe:
             dots[name] = products.double().cpu().numpy()
             if name in self._detail and not target.grid.is_whole:
                 blocks[name] = values.float().cpu().numpy()
-        batch.arrived.clear()  # activations and gradients kept for cross terms go now
         mean, total = factors(batch, self.loss_reduction, self.loss_scale)
         return {
             "n": batch.n_examples,

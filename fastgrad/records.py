@@ -65,7 +65,11 @@ class ParamRecord:
         return self.target.parameter
 
     def forget(self) -> None:
-        """Back to before the backward pass, which turned out not to reach the parameters."""
+        """Back to before the backward pass.
+
+        What was kept for cross terms belongs to the autograd graph, and the graph's nodes refer
+        to this record: without this, the circle would keep every graph alive.
+        """
         self.fired = self._factored = 0
         self.sq = self.dots = self.dense = self._sample_sum = None
         self.products, self.gathered, self.lookups = [], [], []
@@ -302,6 +306,12 @@ class Batch:
     recomputed: set[int] = field(default_factory=set)
     records: WeakValueDictionary[str, ParamRecord] = field(default_factory=WeakValueDictionary)
     arrived: dict[str, ParamRecord] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Drop what the backward pass brought."""
+        for record in self.arrived.values():
+            record.forget()
+        self.arrived.clear()
 
     def lookup(self, tensor: Tensor) -> ParamRecord | None:
         target = self.targets.get(id(tensor))

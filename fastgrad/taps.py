@@ -146,7 +146,9 @@ class TapMode(TorchFunctionMode):
                 return func(*(q if a is p else a for a in args), **kwargs)
 
             if hasattr(p, "_fastgrad_shared"):
-                out._fastgrad_shared = (*p._fastgrad_shared[:-1], again)  # type: ignore[attr-defined]
+                shared = p._fastgrad_shared
+                rows = p if shared[3] is None else shared[3]
+                out._fastgrad_shared = (*shared[:3], rows, again)  # type: ignore[attr-defined]
             else:
                 out._fastgrad_derived = (record, again)  # type: ignore[attr-defined]
             return True
@@ -262,7 +264,7 @@ def _embedding(
     if input.ndim >= 2 and input.shape[0] == 1 and n > 1:
         # Position ids that all examples share: to be expanded where they meet the examples.
         out = func(input, weight, padding_idx)
-        out._fastgrad_shared = (record, input, skipped, out.view_as(out), _same)
+        out._fastgrad_shared = (record, input, skipped, None, _same)
         return out
     if n == 1 or (
         dim is None and input.ndim >= 2 and input.shape[0] == n and n not in batch.other_sizes
@@ -388,7 +390,8 @@ def _expanded(mode: TapMode, batch: Batch, tensor: Tensor, shape: torch.Size) ->
     """``tensor`` with an example dimension, and a tap on it; None if it would be too large."""
     n = batch.n_examples
     if hasattr(tensor, "_fastgrad_shared"):
-        record, ids, skipped, rows, again = tensor._fastgrad_shared
+        record, ids, skipped, looked_up, again = tensor._fastgrad_shared
+        rows = tensor if looked_up is None else looked_up  # no tensor may refer to itself
         ids = ids.expand(n, *ids.shape[1:])
         record.expect_use(ids=ids.reshape(n, -1))
         expanded = rows.expand(shape)

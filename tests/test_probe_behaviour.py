@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fastgrad.errors import (
     ProbeError,
     StatsError,
 )
-from fastgrad.records import ParamRecord
+from fastgrad.records import Batch, ParamRecord
 from tests.models import MODELS, batch_of, llama, one_example, randomised
 
 
@@ -704,6 +705,20 @@ def test_checkpoints_with_other_forward_passes_before_the_backward_pass():
             model(**batch_of(4))  # a reference model's pass, say
         loss.backward()
     np.testing.assert_allclose(probe.stats().T, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "bert"])
+def test_nothing_of_a_measured_batch_stays_in_memory(architecture):
+    """No graph may outlive its backward pass: batches are objects that can be counted."""
+    model = randomised(MODELS[architecture])
+    with fg.Probe(model) as probe:
+        for seed in range(3):
+            model(**batch_of(seed=seed)).loss.backward()
+        with pytest.raises(NonFiniteGradientError):
+            (model(**batch_of()).loss * float("nan")).backward()
+    gc.collect()
+    alive = [b for b in gc.get_objects() if type(b) is Batch and b.samples is probe._samples]
+    assert not alive
 
 
 def test_loss_scale_is_divided_out():

@@ -182,7 +182,7 @@ def prepared_spec(tmp_path):
 
     def spec(key, result=tmp_path / "result.json"):
         arm = next(a for a in arms(FAST) if a.key == key)
-        return Spec(arm=arm, settings=FAST, seed=0, threads=1, fraction=0.2, model=tmp_path,
+        return Spec(arm=arm, settings=FAST, seed=0, fraction=0.2, model=tmp_path,
                     data=tmp_path / "data.safetensors", local=tmp_path / "local.safetensors",
                     result=result)  # fmt: skip
 
@@ -277,7 +277,7 @@ def result(key, test, *, code=4.2, rates=(1e-3, 2e-3, 4e-3), rate=2e-3, noise=0.
         "key": key, "label": key, "kind": "sparse", "rate": rate, "test": float(rows.mean()),
         "test_rows": rows.tolist(), "code": code, "n_trained": 20, "state_bytes": 16_000_000,
         "gradient_bytes": 8_000_000, "peak": 600_000_000, "baseline": 500_000_000,
-        "seconds": 3.0, "tried": [{"rate": r, "valid": 1.0, "seconds": 1.0} for r in rates],
+        "seconds": 3.0, "cpu_seconds": 3.1, "tried": [{"rate": r, "valid": 1.0} for r in rates],
     }  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def test_markdown_and_terminal_show_every_arm_whatever_the_width():
     table = report.rows(results, BEFORE, 100)
     record = {
         "created": "2026-01-02T03:04:05", "machine": report.machine(),
-        "versions": report.versions(), "threads": 2, "seed": 0,
+        "versions": report.versions(), "threads_per_process": 1, "arms_at_a_time": 2, "seed": 0,
         "settings": vars(FAST), "seconds": {"total": 10.0}, "delta_bytes": 2_000_000,
         "checkpoint_bytes": 10_000_000, "delta_restores": True,
     }  # fmt: skip
@@ -331,7 +331,7 @@ def test_markdown_and_terminal_show_every_arm_whatever_the_width():
     assert text.count("\n| ") == 3
     assert "2.00 MB" in text
     assert "2026-01-02" in text
-    assert {len(line.split("|")) for line in text.splitlines() if line.startswith("|")} == {13}
+    assert {len(line.split("|")) for line in text.splitlines() if line.startswith("|")} == {14}
     for width in (80, 140):
         out = Console(file=io.StringIO(), width=width, highlight=False)
         screen.result(out, record, table)

@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fastgrad.quickstart.settings import cores
+
 MB = 1e6
 
 
@@ -36,6 +38,7 @@ class Row:
     peak: int
     above: int | None
     seconds: float
+    cpu_seconds: float
     test_rows: tuple[float, ...]
 
 
@@ -66,6 +69,7 @@ def rows(results: Sequence[dict[str, Any]], before: dict[str, float], total: int
                 peak=result["peak"],
                 above=None if result["baseline"] is None else result["peak"] - result["baseline"],
                 seconds=result["seconds"],
+                cpu_seconds=result["cpu_seconds"],
                 test_rows=tuple(result["test_rows"]),
             )
         )  # fmt: skip
@@ -76,7 +80,7 @@ def rows(results: Sequence[dict[str, Any]], before: dict[str, float], total: int
 
 HEADINGS = (
     "arm", "test loss", "gain kept", "forgetting", "trained", "optimizer MB", "gradient MB",
-    "peak MB", "above model MB", "seconds", "rate",
+    "peak MB", "above model MB", "seconds", "CPU seconds", "rate",
 )  # fmt: skip
 
 
@@ -93,25 +97,29 @@ def cells(row: Row) -> list[str]:
         f"{row.peak / MB:.0f}",
         "-" if row.above is None else f"{row.above / MB:.0f}",
         f"{row.seconds:.1f}",
+        f"{row.cpu_seconds:.1f}",
         f"{row.rate:g}" + ("*" if row.edge else ""),
     ]
 
 
-def legend(table: Sequence[Row], side_by_side: int = 1) -> str:
+def legend(table: Sequence[Row], at_a_time: int = 1) -> str:
     """What the columns mean, and what holds for all arms."""
     text = (
         f"Test loss: nats per token on held-out prose, {table[0].before:.3f} before adaptation. "
         "Gain kept: share of full tuning's gain. Forgetting: change of the test loss on the "
         "first domain. Optimizer and gradient: bytes of all state and gradient tensors. Peak: "
         "resident memory of the arm's own process; above model: that peak less the memory held "
-        "once the model was loaded. Seconds: all training steps at the chosen rate. Rate: the "
-        "best on the validation part"
+        "once the model was loaded. Seconds and CPU seconds: all training steps at the chosen "
+        "rate, by the clock and in processor time. Rate: the best on the validation part"
     )
     if any(row.edge for row in table):
         text += "; * marks a rate at the edge of those tried, so a better one may lie outside"
     text += "."
-    if side_by_side > 1:
-        text += f" {side_by_side} arms ran at a time, so their seconds cannot be compared."
+    if at_a_time > 1:
+        text += (
+            f" {at_a_time} arms ran at a time on one thread each: compare CPU seconds rather than "
+            "seconds."
+        )
     return text
 
 
@@ -164,7 +172,8 @@ def verdict(table: Sequence[Row]) -> str:
     used = blueprint.state_bytes + blueprint.gradient_bytes
     sentences.append(
         f"Gradients and optimizer state took {used / MB:.1f} MB instead of {spared / MB:.1f} MB, "
-        f"training {blueprint.seconds:.1f} s instead of {full.seconds:.1f} s."
+        f"training {blueprint.cpu_seconds:.1f} s of processor time instead of "
+        f"{full.cpu_seconds:.1f} s."
     )
     sentences.append(
         "Better and worse mean a difference of more than two standard errors over the "
@@ -184,12 +193,11 @@ def machine() -> dict[str, Any]:
     """Processor, cores, memory, operating system."""
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores(),
         "memory_gb": _memory_gb(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-    }  # fmt: skip
+    }
 
 
 def _cpu() -> str:
@@ -227,7 +235,8 @@ def origin(record: dict[str, Any]) -> str:
     at, with_ = record["machine"], record["versions"]
     return (
         f"{record['created'][:10]}, {at['cpu']}, {at['cores']} cores, "
-        f"{record['threads']} in use; torch {with_['torch']}, transformers "
+        f"{record['arms_at_a_time']} arms at a time on {record['threads_per_process']} thread "
+        f"each; torch {with_['torch']}, transformers "
         f"{with_['transformers']}, Python {at['python']}; seed {record['seed']}, "
         f"{record['settings']['name']} run, {record['seconds']['total']:.0f} s in all."
     )
@@ -240,7 +249,7 @@ def markdown(record: dict[str, Any], table: Sequence[Row], figure: str) -> str:
         "|" + "|".join([":--", *["--:"] * (len(HEADINGS) - 1)]) + "|",
         *("| " + " | ".join(cells(row)) + " |" for row in table),
         "",
-        legend(table, record["settings"]["side_by_side"]),
+        legend(table, record["arms_at_a_time"]),
         "",
         verdict(table),
         "",

@@ -21,7 +21,16 @@ from fastgrad.blueprint_schema import finite_or_none
 from fastgrad.errors import MissingExtraError
 from fastgrad.files import atomic_path, write_text
 from fastgrad.quickstart import report, screen
-from fastgrad.quickstart.settings import FRACTION, Arm, Settings, Spec, arms, threads
+from fastgrad.quickstart.settings import (
+    FRACTION,
+    SIDE_BY_SIDE,
+    THREADS,
+    Arm,
+    Settings,
+    Spec,
+    arms,
+    cores,
+)
 from fastgrad.quickstart.supervise import run_arm
 
 _NEEDED = {
@@ -41,7 +50,6 @@ class Quickstart:
         self.local_file = output / "local-sample.safetensors"
         self.delta_file = output / "delta.safetensors"
         self.figure_file = output / "quickstart.png"
-        self.threads = threads(settings.threads)
         self.seconds: dict[str, float] = {}
         self.record: dict[str, Any] = {}
         self.running: list[subprocess.Popen[str]] = []
@@ -55,11 +63,11 @@ class Quickstart:
 
     def run(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(THREADS)
         self.console.print(
             f"fastgrad quickstart ({self.settings.name}): learn one text, adapt to another with "
-            f"{FRACTION:.0%} of the weights, and compare. Threads: {self.threads}, seed: "
-            f"{self.seed}, results in {self.output}/"
+            f"{FRACTION:.0%} of the weights, and compare. Seed {self.seed}, results in "
+            f"{self.output}/"
         )
         started = time.perf_counter()
         with self.stage(1, "corpus", "Text: Python's own source, and the prose of its help"):
@@ -163,7 +171,7 @@ class Quickstart:
                 bar.advance(whole)
                 return result
 
-            with ThreadPoolExecutor(settings.side_by_side) as pool:
+            with ThreadPoolExecutor(min(SIDE_BY_SIDE, cores())) as pool:
                 try:
                     return list(pool.map(one, plan))
                 except BaseException:  # Ctrl-C above all: no arm goes on without its parent
@@ -177,8 +185,7 @@ class Quickstart:
         task = bar.add_task(arm.label, total=rates * steps, note="starting")
         spec = Spec(
             arm=arm, settings=self.settings, seed=self.seed,
-            threads=self.threads, fraction=FRACTION,
-            model=self.model_dir, data=self.data_file, local=self.local_file,
+            fraction=FRACTION, model=self.model_dir, data=self.data_file, local=self.local_file,
             result=folder / f"{arm.key}.json",
             delta=self.delta_file if arm.key == "blueprint" else None,
         )  # fmt: skip
@@ -202,7 +209,8 @@ class Quickstart:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": report.machine(),
             "versions": report.versions(),
-            "threads": self.threads,
+            "threads_per_process": THREADS,
+            "arms_at_a_time": min(SIDE_BY_SIDE, cores()),
             "seed": self.seed,
             "fraction": FRACTION,
             "settings": vars(self.settings),
@@ -237,7 +245,7 @@ class Quickstart:
         stats = self.local
         mass = stats.grad_norm**2
         values = stats.grad_norm / stats.numel**0.5
-        by_time = "training time (s)"
+        by_time = "processor time of training (s)"
         if all(row.above is not None for row in table):
             by_memory = "peak memory above the loaded model (MB)"
             amounts = {row.key: (row.above or 0) / report.MB for row in table}
@@ -253,7 +261,7 @@ class Quickstart:
             values=values.tolist(),
             panels={
                 by_memory: [ArmPoint(r.group, amounts[r.key], r.loss) for r in table],
-                by_time: [ArmPoint(r.group, r.seconds, r.loss) for r in table],
+                by_time: [ArmPoint(r.group, r.cpu_seconds, r.loss) for r in table],
             },
             before=self.before["prose_test"],
             marked=selected,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastgrad.quickstart.corpus import Data
     from fastgrad.staleness import Staleness
 
-_WIDE = 124  # columns that the result needs as one table
+_WIDE = 126  # columns that the result needs as one table
 _SHOWN = 6  # submodules listed
 
 
@@ -155,7 +155,7 @@ def result(out: Console, record: Mapping[str, Any], table: Sequence[Row]) -> Non
     """The table of all arms (two, one below the other, in a narrow terminal), and the verdict."""
     groups: Sequence[tuple[int, ...]] = (
         [tuple(range(len(report.HEADINGS)))] if out.width >= _WIDE
-        else [(0, 1, 2, 3, 4, 10), (0, 5, 6, 7, 8, 9)]
+        else [(0, 1, 2, 3, 4, 11), (0, 5, 6, 7, 8, 9, 10)]
     )  # fmt: skip
     for group in groups:
         shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
@@ -167,8 +167,7 @@ def result(out: Console, record: Mapping[str, Any], table: Sequence[Row]) -> Non
             style = "bold" if row.key.startswith("blueprint") else None
             shown.add_row(*(text[i] for i in group), style=style)
         _show(out, shown)
-    side_by_side = record["settings"]["side_by_side"]
-    out.print(Padding(report.legend(table, side_by_side), (0, 2)), style="dim")
+    out.print(Padding(report.legend(table, record["arms_at_a_time"]), (0, 2)), style="dim")
     out.print()
     _say(out, report.verdict(table))
     restores = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastgrad.errors import FastgradError
 from fastgrad.files import write_text
-from fastgrad.quickstart.settings import Spec
+from fastgrad.quickstart.settings import THREADS, Spec
 
 
 def run_arm(
@@ -41,7 +41,7 @@ def run_arm(
             # -P: the working folder is not searched; this repository's kernels/ would hide the
             # PyPI package of that name.
             [sys.executable, "-P", "-m", "fastgrad.quickstart.worker", str(told.resolve())],
-            stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(spec.threads),
+            stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(),
         ) as process,
     ):  # fmt: skip
         assert process.stdout is not None
@@ -69,11 +69,11 @@ def _message(line: str) -> dict[str, Any] | None:
     return message if isinstance(message, dict) and "step" in message else None
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """This many threads, and nothing from the network."""
+def _environment() -> dict[str, str]:
+    """One thread, and nothing from the network."""
     return os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(THREADS),
+        "MKL_NUM_THREADS": str(THREADS),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -28,7 +28,7 @@ from fastgrad.blueprint_schema import finite_or_none
 from fastgrad.files import write_text
 from fastgrad.quickstart import measure
 from fastgrad.quickstart.arms import Prepared, prepare
-from fastgrad.quickstart.settings import Spec, next_rate
+from fastgrad.quickstart.settings import THREADS, Spec, next_rate
 
 WARM_UP = 0.1  # share of the steps
 CLIP = 1.0
@@ -86,23 +86,29 @@ class Run:
         model = self.load()
         torch.manual_seed(self.spec.seed)
         prepared = prepare(self.spec, model)
-        seconds, valid = math.nan, math.nan
+        used: dict[str, float] = {}
+        valid = math.nan
         with contextlib.suppress(fg.errors.NonFiniteGradientError):
-            seconds = self.train(prepared, rate, self.spec.settings.steps, number)["seconds"]
+            used = self.train(prepared, rate, self.spec.settings.steps, number)
             valid = self.loss(prepared.model, "prose_valid")
         valid = valid if math.isfinite(valid) else math.inf
-        return prepared, {"rate": rate, "valid": valid, "seconds": seconds}
+        return prepared, {
+            "rate": rate,
+            "valid": valid,
+            "seconds": used.get("seconds", math.nan),
+            "cpu_seconds": used.get("cpu_seconds", math.nan),
+        }
 
     def train(
         self, prepared: Prepared, rate: float, steps: int, number: int | None = None
     ) -> dict[str, float]:
-        """Train, and report progress as that of rate ``number``. Returns the seconds, and the
-        bytes of gradients and optimizer state."""
+        """Train, and report progress as that of rate ``number``. Returns seconds, processor
+        seconds, and the bytes of gradients and optimizer state."""
         settings, rows = self.spec.settings, self.data["prose_train"]
         optimizer = prepared.optimizer(rate)
         order = data_order(len(rows), settings.rows, settings.steps, self.spec.seed)
         meter = fg.Meter(flops="off")
-        gradient_bytes = 0
+        gradient_bytes, cpu = 0, time.process_time()
         for step, index in enumerate(order[:steps]):
             with meter.step():
                 for group in optimizer.param_groups:
@@ -118,6 +124,7 @@ class Run:
                 say(rate=number, step=step + 1, loss=round(float(loss.detach()), 4))
         return {
             "seconds": meter.spent["seconds"],
+            "cpu_seconds": time.process_time() - cpu,
             "gradient_bytes": gradient_bytes,
             "state_bytes": measure.tensor_bytes(
                 t for state in optimizer.state.values() for t in state.values()
@@ -184,7 +191,7 @@ def say(**message: Any) -> None:
 def main(path: str) -> None:
     started = time.perf_counter()
     spec = Spec.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    torch.set_num_threads(spec.threads)
+    torch.set_num_threads(THREADS)
     # A bar for loading a dozen tensors would end up among the progress lines.
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
