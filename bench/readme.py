@@ -1,7 +1,8 @@
 """Put the committed results into the README: every figure there comes from a results file.
 
-    python bench/readme.py            # rewrite the sections between the markers
-    python bench/readme.py --check    # exit 1 if the README is out of date
+python bench/readme.py                          # rewrite the sections between the markers
+python bench/readme.py --take quickstart-out    # first take over a run of make quickstart
+python bench/readme.py --check                  # exit 1 if the README is out of date
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+FIGURE = "quickstart.png"
 
 
 def step_overhead() -> str:
@@ -49,7 +52,17 @@ def step_overhead() -> str:
 
 
 def quickstart() -> str:
-    return (RESULTS / "quickstart" / "README.md").read_text().strip()
+    folder = RESULTS / "quickstart"
+    text = (folder / "results.md").read_text().strip()
+    return text.replace(f"]({FIGURE})", f"]({(folder / FIGURE).relative_to(ROOT)})")
+
+
+def take(run: Path) -> None:
+    """Keep what a quickstart run found: table, figure and all numbers."""
+    target = RESULTS / "quickstart"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("results.md", "results.json", FIGURE):
+        shutil.copyfile(run / name, target / name)
 
 
 SECTIONS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "step-overhead": step_overhead}
@@ -70,7 +83,10 @@ def rendered(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--take", type=Path, metavar="DIR", help="a quickstart's output folder")
     args = parser.parse_args()
+    if args.take:
+        take(args.take)
     path = ROOT / "README.md"
     text = path.read_text()
     new = rendered(text)

@@ -383,7 +383,7 @@ def probe(
 
 @app.command("quickstart")
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for all results.")] = Path("quickstart"),
+    output: Annotated[Path, typer.Option(help="Folder for all results.")] = Path("quickstart-out"),
     fast: Annotated[bool, typer.Option("--fast", help="Smaller, in under 90 seconds.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
 ) -> None:
