@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # Opacus' hooks
     console = Console()
     rows = []
     for tokens in args.tokens:

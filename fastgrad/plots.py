@@ -243,9 +243,8 @@ def pareto_plot(
             edgecolor="white", linewidth=0.8, zorder=3,
         )  # fmt: skip
     ax.margins(0.08)
-    left = min(a.resource for a in arms)
-    if left > 0 and left < 0.6 * max(a.resource for a in arms):
-        ax.set_xlim(left=0)
+    if min(a.resource for a in arms) >= 0:
+        ax.set_xlim(left=0)  # savings are read as lengths
     ax.set(xlabel=xlabel, ylabel="held-out loss (nats per token)", title=title)
     if before is not None:
         _mark_before(ax, before, [a.loss for a in arms])

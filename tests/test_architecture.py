@@ -149,3 +149,7 @@ with fg.Probe(model) as probe:
 assert probe.stats().T.shape == (4, 3)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_the_readme_shows_the_committed_results():
+    subprocess.run([sys.executable, str(ROOT / "bench" / "readme.py"), "--check"], check=True)

@@ -320,6 +320,7 @@ def test_nothing_is_claimed_where_full_tuning_gained_nothing():
 
 def test_markdown_and_terminal_show_every_arm_whatever_the_width():
     results = [result(k, 3.0 + i / 10) for i, k in enumerate(["full", "blueprint", "lora"])]
+    results[1]["label"] = max((arm.label for arm in arms(Settings.full())), key=len)
     table = report.rows(results, BEFORE, 100)
     record = {
         "created": "2026-01-02T03:04:05", "machine": report.machine(),
@@ -332,7 +333,7 @@ def test_markdown_and_terminal_show_every_arm_whatever_the_width():
     assert "2.00 MB" in text
     assert "2026-01-02" in text
     assert {len(line.split("|")) for line in text.splitlines() if line.startswith("|")} == {14}
-    for width in (80, 140):
+    for width in (80, 100, 120, 140):
         out = Console(file=io.StringIO(), width=width, highlight=False)
         screen.result(out, record, table)
         shown = out.file.getvalue()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -26,11 +27,11 @@ from fastgrad.quickstart.report import MB, Row
 
 if TYPE_CHECKING:
     from fastgrad import Blueprint, GradientStats, Selection
-    from fastgrad.integrations.transformers import Measurement
+    from fastgrad.integrations.transformers import Measurement as Measured
     from fastgrad.quickstart.corpus import Data
     from fastgrad.staleness import Staleness
 
-_WIDE = 126  # columns that the result needs as one table
+_WIDE = 110  # columns that the result needs as one table
 _SHOWN = 6  # submodules listed
 
 
@@ -85,7 +86,7 @@ def splits(out: Console, data: Data) -> None:
     _show(out, table)
 
 
-def measurements(out: Console, found: Sequence[Measurement]) -> None:
+def measurements(out: Console, found: Sequence[Measured]) -> None:
     table = _table("callback, held-out source", "step", "loss", "gradient norm",
                    "largest per weight (rms)")  # fmt: skip
     for m in found:
@@ -152,21 +153,9 @@ def _brief(name: str) -> str:
 
 
 def result(out: Console, record: Mapping[str, Any], table: Sequence[Row]) -> None:
-    """The table of all arms (two, one below the other, in a narrow terminal), and the verdict."""
-    groups: Sequence[tuple[int, ...]] = (
-        [tuple(range(len(report.HEADINGS)))] if out.width >= _WIDE
-        else [(0, 1, 2, 3, 4, 11), (0, 5, 6, 7, 8, 9, 10)]
-    )  # fmt: skip
-    for group in groups:
-        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-        for i in group:
-            title = report.HEADINGS[i].replace(" ", "\n", 1) if i else report.HEADINGS[i]
-            shown.add_column(title, justify="right" if i else "left", no_wrap=True)
-        for row in table:
-            text = report.cells(row)
-            style = "bold" if row.key.startswith("blueprint") else None
-            shown.add_row(*(text[i] for i in group), style=style)
-        _show(out, shown)
+    """The table of all arms, in pieces where the terminal is narrow, and the verdict."""
+    for piece in _pieces(out, table):
+        _show(out, piece)
     out.print(Padding(report.legend(table, record["arms_at_a_time"]), (0, 2)), style="dim")
     out.print()
     _say(out, report.verdict(table))
@@ -183,6 +172,33 @@ def result(out: Console, record: Mapping[str, Any], table: Sequence[Row]) -> Non
         f"{restores}.",
     )
     out.print()
+
+
+def _pieces(out: Console, table: Sequence[Row]) -> list[Table]:
+    """The arms in as few tables as show every number whole."""
+    unlimited = out.options.update(max_width=10_000)  # else it measures what it would cut
+    columns = list(range(1, len(report.HEADINGS)))
+    pieces: list[Table] = []
+    for count in range(1, len(columns) + 1):
+        size = -(-len(columns) // count)
+        pieces = [
+            _arms_table(table, columns[i : i + size]) for i in range(0, len(columns), size)
+        ]
+        if all(Measurement.get(out, unlimited, p).maximum <= out.width - 2 for p in pieces):
+            break
+    return pieces
+
+
+def _arms_table(table: Sequence[Row], columns: Sequence[int]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for i in (0, *columns):
+        title = report.HEADINGS[i].replace(" ", "\n")
+        shown.add_column(title, justify="right" if i else "left", no_wrap=True)
+    for row in table:
+        text = report.cells(row)
+        style = "bold" if row.key.startswith("blueprint") else None
+        shown.add_row(*(text[i] for i in (0, *columns)), style=style)
+    return shown
 
 
 def files(out: Console, folder: Path, entries: Mapping[str, str]) -> None:
