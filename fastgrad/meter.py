@@ -180,6 +180,10 @@ class Meter:
 
 def peak_memory_bytes() -> int:
     """Highest resident memory of this process so far, as the operating system counts it."""
+    with contextlib.suppress(OSError):  # Linux: ru_maxrss would include what the parent held
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
