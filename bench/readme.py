@@ -46,7 +46,7 @@ def step_overhead() -> str:
         "",
         f"Llama architecture, {settings['layers']} layers of width {settings['width']}; "
         f"{env['date']}, {env['processor']}, {env['threads']} threads, torch {env['torch']}; "
-        "`python bench/step_overhead.py`.",
+        f"`python bench/step_overhead.py --rounds {settings['rounds']}`.",
     ]
     return "\n".join(lines)
 

@@ -73,7 +73,7 @@ def shifts_labels(model: nn.Module) -> bool:
     return getattr(loss, "__name__", "") == "ForCausalLMLoss"
 
 
-def refuse_packed(kwargs: Mapping[str, Any], n_examples: int) -> None:
+def refuse_packed(kwargs: Mapping[str, Any]) -> None:
     packed = [k for k in ("cu_seq_lens_q", "cu_seqlens", "seq_idx") if kwargs.get(k) is not None]
     positions = kwargs.get("position_ids")
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] > 1:

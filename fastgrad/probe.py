@@ -244,7 +244,7 @@ class Probe:
                 "of the batch cannot be counted. Remedy: pass inputs as tensors"
             )
         n = inputs[0].shape[0]
-        refuse_packed(kwargs, n)
+        refuse_packed(kwargs)
         tokens = label_tokens(kwargs.get("labels"), n, self.shift_labels, self.ignore_index)
         items = kwargs.get("num_items_in_batch")
         self._forwards += 1

@@ -13,7 +13,7 @@ from torch import nn
 import fastgrad as fg
 from fastgrad.errors import FastgradError, MissingExtraError
 from fastgrad.identity import model_parameters
-from fastgrad.quickstart.settings import Arm, Spec
+from fastgrad.quickstart.settings import Spec
 
 WEIGHT_DECAY = 0.01
 
@@ -83,14 +83,14 @@ def _sparse(spec: Spec, model: nn.Module) -> Prepared:
 def choose(spec: Spec, model: nn.Module) -> fg.Selection:
     """The arm's selection: from the blueprint blended with the local sample, or from none."""
     arm = spec.arm
-    source = blended(spec.model, spec.local, arm) if arm.source == "blend" else None
+    source = blended(spec.model, spec.local) if arm.source == "blend" else None
     return fg.select(
         source, model=model, fraction=spec.fraction, blocks=arm.blocks, ranking=arm.ranking,
         seed=spec.seed + arm.draw,
     )  # fmt: skip
 
 
-def blended(folder: Path, local: Path, arm: Arm) -> fg.Blueprint:
+def blended(folder: Path, local: Path) -> fg.Blueprint:
     """The released blueprint, mixed with what the user's own sample says."""
     released = fg.Blueprint.from_pretrained(folder)
     return released.blend(fg.GradientStats.load(local), weight="auto")

@@ -21,7 +21,6 @@ from torch import Tensor
 from fastgrad_kernels.layout import (
     accumulation_dtype,
     block_sums,
-    gather_blocks,
     grid_shape,
     sum_of_squares,
 )
@@ -336,7 +335,6 @@ __all__ = [
     "block_stats",
     "cross_influence",
     "embedding_influence",
-    "gather_blocks",
     "gram_norms",
     "gram_products",
     "prefer_gram",
