@@ -5,7 +5,8 @@
 
 A step is zero_grad, forward and backward of a Llama-architecture model; the optimizer, which is
 the same for all, is left out, so that the ratios are the strict ones. Before anything is timed,
-T is compared with one-example-at-a-time backward. Peer: Opacus' ghost norms.
+T is compared with one-example-at-a-time backward. Peer: Opacus' ghost norms. The C library keeps
+freed memory for all contenders alike (--system-malloc leaves it as it is).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import environment, interleaved
+from timing import environment, interleaved, keep_freed_memory
 
 import fastgrad as fg
 
@@ -120,7 +121,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tied", action="store_true", help="tie embedding and output weights")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--system-malloc", action="store_true", help="leave the heap as it is")
     args = parser.parse_args()
+    if not args.system_malloc and not keep_freed_memory():
+        print("this C library cannot keep freed memory: page faults are in the figures")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")  # Opacus' hooks
     console = Console()
@@ -136,9 +140,11 @@ def main() -> None:
             model(input_ids=ids, labels=ids).loss.backward()
 
         def probed(blocks: str, per_example: bool, model=model, ids=ids) -> Callable[[], object]:
+            probe = fg.Probe(model, blocks, per_example=per_example, hash_weights=False)
+
             def step() -> None:
                 model.zero_grad()
-                with fg.Probe(model, blocks, per_example=per_example, hash_weights=False):
+                with probe:
                     model(input_ids=ids, labels=ids).loss.backward()
 
             return step

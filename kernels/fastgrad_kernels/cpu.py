@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from fastgrad_kernels.layout import (
+    NORM_CHUNK,
     accumulation_dtype,
     block_sums,
+    chunk_norms,
     grid_shape,
     sum_of_squares,
 )
@@ -144,27 +146,30 @@ def _fused(
     sq = left.new_zeros(grid_r, grid_c, n)
     n_dir = 0 if directions is None else directions.shape[0]
     dots = left.new_zeros(n_dir, n)
-    partial = left.new_zeros(n) if whole else None  # one entry per example, tiles added in order
+    lengths = [b - a for a, b in pairwise(bounds)]
+    # One entry per example, tiles added in order.
+    partial = left.new_zeros(n, dtype=torch.float64) if whole else None
     for r in range(0, rows, tile_r):
         h = min(tile_r, rows - r)
         for c in range(0, cols, tile_c):
             w = min(tile_c, cols - c)
-            flat = scratch[: h * w]
             target = grad[r : r + h, c : c + w] if want_grad else None
             direct = (
                 None if directions is None else directions[:, r : r + h, c : c + w].to(left.dtype)
             )
-            squares: list[Tensor] = []
-            for j in range(n):
-                a, b = bounds[j], bounds[j + 1]
-                first = j == 0 and target is not None and target.is_contiguous()
-                values = target.view(-1) if first and target is not None else flat
-                tile = values.view(h, w)
-                torch.mm(left[a:b, r : r + h].T, right[a:b, c : c + w], out=tile)
-                if whole:
-                    squares.append(torch.dot(values, values))
+            # Views are made once per tile: at 16 examples they cost as much as the squared sums.
+            spare = scratch[: h * w].view(h, w)
+            straight = target if target is not None and target.is_contiguous() else spare
+            norms = left.new_zeros(n, -(-h * w // NORM_CHUNK)) if whole else None
+            lefts = left[:, r : r + h].split(lengths)
+            rights = right[:, c : c + w].split(lengths)
+            for j, (a, b) in enumerate(zip(lefts, rights, strict=True)):
+                tile = spare if j else straight
+                torch.mm(a.T, b, out=tile)
+                if norms is not None:
+                    chunk_norms(tile.view(-1), norms[j])
                 else:
-                    sums = block_sums(tile.square(), block_rows, block_cols)
+                    sums = _block_squares(tile, block_rows, block_cols)
                     sq[
                         r // block_rows : -(-(r + h) // block_rows),
                         c // block_cols : -(-(c + w) // block_cols),
@@ -172,13 +177,22 @@ def _fused(
                     ] = sums.view(-(-h // block_rows), -(-w // block_cols))
                 if direct is not None:
                     dots[:, j] += (direct * tile).sum((1, 2))
-                if target is not None and not first:
+                if target is not None and tile is not target:
                     target.add_(tile) if j else target.copy_(tile)
-            if partial is not None and squares:
-                partial += torch.stack(squares)
+            if partial is not None and norms is not None:
+                partial += norms.double().square_().sum(1)
     if partial is not None:
         sq[0, 0] = partial
     return grad, sq.flatten(0, 1), dots
+
+
+def _block_squares(tile: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    """Squared sum of each block, ``[n_blocks]``; without a squared copy of the tile if blocks are
+    wide and divide it."""
+    if tile.shape[1] % block_cols or block_cols < 16:
+        return block_sums(tile.square(), block_rows, block_cols)
+    norms = torch.linalg.vector_norm(tile.unflatten(1, (-1, block_cols)), dim=2)
+    return block_sums(norms.square_(), block_rows, 1)
 
 
 def _tile_shape(
