@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, overload
 
 import torch
@@ -18,20 +19,29 @@ class SparseAdamW(Optimizer):
 
     At 100 % it computes what ``torch.optim.AdamW`` computes. Moments are float32 whatever the
     parameter's dtype (float64 for float64), and stay so through ``load_state_dict``. State is 8
-    bytes per trained element, plus 4 bytes per tensor for the step count.
+    bytes per trained element, plus 4 bytes per tensor for the step count. Packed blocks are written
+    through to the full weights in the same pass; on a GPU a step is two launches for all tensors
+    of a dtype, and the learning rate may be a tensor there.
 
     Args:
         params: tensors, named tensors or groups; ``partial.parameters()`` as a rule.
         lr: learning rate, float or scalar tensor.
         betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
         check_finite: look for NaN or infinity in every gradient before anything is changed.
-            Costs one read of the gradients and, on a GPU, one synchronisation per step.
+            Costs one read of the gradients and, on a GPU, one synchronisation per step. Under a
+            GradScaler its own check takes this place: a step with infinite gradients is skipped.
+        stochastic_rounding: round bfloat16 parameters that have no float32 master copy up or down
+            at random, so that small updates are right on average (arXiv 2010.06192).
+        seed: of stochastic rounding; the same seed and steps give the same bits on one device.
 
     Raises:
         ValueError: for impossible hyperparameters.
         NonFiniteGradientError: from :meth:`step`, naming the parameters; no parameter and no
             state has changed then.
     """
+
+    # GradScaler hands its scale and its finding over instead of waiting for the device.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -43,6 +53,8 @@ class SparseAdamW(Optimizer):
         *,
         maximize: bool = False,
         check_finite: bool = True,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -62,7 +74,10 @@ class SparseAdamW(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "check_finite": check_finite,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
+        self._fastgrad_written: list[Any] = []
         super().__init__(params, defaults)
 
     @overload
@@ -80,26 +95,68 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found is None:
+            self._check_gradients()
+        self._fastgrad_written = []
+        packed = [
+            getattr(p, "_fastgrad_blocks", None) for g in self.param_groups for p in g["params"]
+        ]
+        for blocks in packed:
+            if blocks is not None:
+                blocks.check_untouched()
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            lr = torch.as_tensor(group["lr"], dtype=torch.float64, device="cpu")
             for params in self._by_kind(group["params"]):
-                states = [self._state(p) for p in params]
-                ops.adamw_(
-                    params,
-                    [p.grad for p in params],
-                    [s["exp_avg"] for s in states],
-                    [s["exp_avg_sq"] for s in states],
-                    [s["step"] for s in states],
-                    lr,
-                    beta1,
-                    beta2,
-                    group["eps"],
-                    group["weight_decay"],
-                    group["maximize"],
-                )
+                self._update(group, params, scale, found)
         return loss
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: Sequence[Any],
+        scale: Tensor | None,
+        found: Tensor | None,
+    ) -> None:
+        """One step of parameters of one device and dtype."""
+        states, device = [self._state(p) for p in params], params[0].device
+        targets, (beta1, beta2) = self._targets(params), group["betas"]
+        rounding = group["stochastic_rounding"]
+        ops.adamw_(
+            params,
+            [p.grad for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [s["step"] for s in states],
+            [full for full, _ in targets],
+            [ids for _, ids in targets],
+            _scalar(group["lr"], torch.float64, device),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            group["maximize"],
+            None if scale is None else scale.to(device),
+            None if found is None else found.to(device),
+            _scalar(group["seed"], torch.int64, device) if rounding else None,
+        )
+        for p, (full, _) in zip(params, targets, strict=False):
+            if full.numel():
+                p._fastgrad_blocks.written()
+                self._fastgrad_written.append(p._fastgrad_blocks)
+
+    def _targets(self, params: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+        """Full weight and block numbers of each parameter, empty tensors where there is nothing to
+        write through to; an empty list if that is so for all."""
+        found = [
+            None if (b := getattr(p, "_fastgrad_blocks", None)) is None else b.target()
+            for p in params
+        ]
+        if all(f is None for f in found):
+            return []
+        return [
+            (p.new_empty(0), p.new_empty(0, dtype=torch.int64)) if f is None else f
+            for p, f in zip(params, found, strict=True)
+        ]
 
     def _check_gradients(self) -> None:
         named = [
@@ -137,7 +194,9 @@ class SparseAdamW(Optimizer):
         state = self.state[p]
         if not state:
             dtype = _moment_dtype(p)
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            # on a GPU a count on the host would have to be waited for, or copied each step
+            device = p.device if p.is_cuda else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         return state
@@ -155,6 +214,9 @@ class SparseAdamW(Optimizer):
         for group in self.param_groups:  # state of torch.optim.AdamW lacks what is ours alone
             group.setdefault("maximize", False)
             group.setdefault("check_finite", True)
+            group.setdefault("stochastic_rounding", False)
+            group.setdefault("seed", 0)
+        self.__dict__.setdefault("_fastgrad_written", [])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch, but moments keep their precision: the base class would round them to
@@ -168,6 +230,8 @@ class SparseAdamW(Optimizer):
                     value = state_dict["state"][i][key]
                     moment = torch.empty_like(p, dtype=_moment_dtype(p))
                     self.state[p][key] = moment.copy_(value)
+            if p.is_cuda and "step" in self.state[p]:
+                self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors."""
@@ -177,6 +241,18 @@ class SparseAdamW(Optimizer):
             for t in s.values()
             if isinstance(t, Tensor)
         )
+
+
+@lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A hyperparameter as a tensor on the device; the same number is copied there once."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return _constant(value, dtype, device)
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:

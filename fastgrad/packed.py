@@ -42,13 +42,13 @@ class PackedBlocks:
         self.packed = nn.Parameter(self.gather(full.detach()).to(dtype))
         self.packed._fastgrad_blocks = self  # type: ignore[attr-defined]
         self.packed._fastgrad_name = name  # type: ignore[attr-defined]
-        self._synced, self._full_seen = self.packed._version, self.full._version
+        self.written()
 
     def bind(self, full: Any, packed: Any) -> None:
         """Belong to these tensors, which hold what the former ones held."""
         self.full, self.packed = full, packed
         packed._fastgrad_blocks, packed._fastgrad_name = self, self.name
-        self._synced, self._full_seen = packed._version, full._version
+        self.written()
 
     @property
     def whole(self) -> bool:
@@ -69,19 +69,39 @@ class PackedBlocks:
             PartialError: if somebody else has written to the full weight in the meantime.
         """
         grid = self.grid
-        if self.full._version != self._full_seen:
-            raise PartialError(
-                f"{self.name} was changed from outside while its selected blocks are trained; the "
-                "change would be overwritten. Remedy: call refresh() on the Partial after "
-                "changing weights, before the next optimizer step"
-            )
+        self.check_untouched()
         if self.whole:
             self.full.copy_(self.packed)
         else:
             write_blocks_(
                 self.full.detach(), self.ids, self.packed, grid.block_rows, grid.block_cols
             )
+        self.written()
+
+    def check_untouched(self) -> None:
+        """Raises PartialError if somebody else has written to the full weight."""
+        if self.full._version != self._full_seen:
+            raise PartialError(
+                f"{self.name} was changed from outside while its selected blocks are trained; the "
+                "change would be overwritten. Remedy: call refresh() on the Partial after "
+                "changing weights, before the next optimizer step"
+            )
+
+    def written(self) -> None:
+        """Both sides hold the same values now."""
         self._synced, self._full_seen = self.packed._version, self.full._version
+
+    def target(self) -> tuple[Tensor, Tensor] | None:
+        """What an optimizer's kernel writes through to: the full weight, as a matrix where blocks
+        are selected, and the block numbers (empty for all of it); None where its memory is not
+        laid out for that and :meth:`sync` must do it."""
+        full = self.full.detach()
+        if self.whole:
+            alike = self.packed.is_contiguous() and full.is_contiguous()
+            return (full, self.ids.new_empty(0)) if alike else None
+        if full.ndim > 2 and not full.is_contiguous():
+            return None
+        return matrix_view(full), self.ids
 
     def sync_if_stale(self) -> None:
         """Catches in-place changes of either side that no optimizer step announced."""
@@ -100,7 +120,7 @@ class PackedBlocks:
         new = self.gather(self.full.detach())
         same = self.packed.to(new.dtype) == new
         self.packed.copy_(torch.where(same, self.packed, new.to(self.packed.dtype)))
-        self._synced, self._full_seen = self.packed._version, self.full._version
+        self.written()
 
 
 class _Overlay(torch.autograd.Function):

@@ -18,11 +18,15 @@ _hook: Any = None
 
 
 def _write_through(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """After any optimizer's step: what it changed appears in the full weights."""
+    """After any optimizer's step: what it changed appears in the full weights.
+
+    A version counter cannot tell: PyTorch's fused updates do not count up.
+    """
+    done = getattr(optimizer, "_fastgrad_written", ())
     for group in optimizer.param_groups:
         for p in group["params"]:
             blocks = getattr(p, "_fastgrad_blocks", None)
-            if blocks is not None:
+            if blocks is not None and not any(blocks is d for d in done):
                 blocks.sync()
 
 

@@ -85,22 +85,24 @@ class ParamRecord:
 
     # -- gradients arriving from the taps ------------------------------------------------
 
-    def add_product(self, left: Tensor, right: Tensor, rows: Rows) -> Tensor:
-        """A use whose gradient is ``leftᵀ right``; returns that gradient in wide precision."""
+    def add_product(
+        self, left: Tensor, right: Tensor, rows: Rows, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A use whose gradient is ``leftᵀ right``; returns that gradient, rounded to ``dtype``."""
         self._arrived(left.dtype)
         self._factored += 1
         grid, directions = self.target.grid, self.target.directions
         if self.expected > 1 and not grid.is_whole:
-            grad = _wide(left).T @ _wide(right)
+            grad = (_wide(left).T @ _wide(right)).to(dtype or left.dtype)
             self.products.append((left, right, rows))
         else:
             grad, sq, dots = ops.cross_influence(
-                left, right, rows.offsets, grid.block_rows, grid.block_cols, directions, True
+                left, right, rows.offsets, grid.block_rows, grid.block_cols, directions, True, dtype
             )
             self._add(sq, dots)
             if self.expected > 1:
                 self._keep_factors(left, right, rows)
-        self._check_in(lambda index: grad.reshape(-1)[index])
+        self._check_in(lambda index: _wide(grad.reshape(-1)[index]))
         return grad
 
     def add_lookup(self, ids: Tensor, grad_out: Tensor, rows: Rows) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fastgrad_kernels import ops
 
 if TYPE_CHECKING:
     from fastgrad.records import ParamRecord
@@ -64,7 +67,7 @@ class LinearTap(torch.autograd.Function):
             if ctx.weight_record is None:
                 grad_weight = left.T @ right
             else:
-                grad_weight = ctx.weight_record.add_product(left, right, rows)
+                grad_weight = ctx.weight_record.add_product(left, right, rows, ctx.weight_dtype)
             grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             wide = torch.float64 if g2.dtype == torch.float64 else torch.float32
@@ -105,20 +108,25 @@ class LayerNormTap(torch.autograd.Function):
             grad_x = torch.ops.aten.native_layer_norm_backward(
                 grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, None, [True, False, False]
             )[0]
-        n, shape = ctx.n_examples, tuple(ctx.shape)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        grad = grad_out.to(wide)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            d, shape = math.prod(ctx.shape), tuple(ctx.shape)
+            flat = x.reshape(-1, d)
+            scales, shifts = ops.norm_gradients(
+                flat,
+                grad_out.reshape(-1, d),
+                rstd.reshape(-1),
+                Rows(ctx.n_examples, flat.shape[0] // max(ctx.n_examples, 1)).offsets,
+                mean.reshape(-1),
+                ctx.needs_input_grad[3],
+            )
         if ctx.needs_input_grad[2]:
-            normalised = (x.to(wide) - mean.to(wide)) * rstd.to(wide)
-            per_example = normalised.mul_(grad).reshape(n, -1, *shape).sum(1)
             if ctx.records[0] is not None:
-                ctx.records[0].add_dense(per_example)
-            grad_weight = per_example.sum(0).to(weight.dtype)
+                ctx.records[0].add_dense(scales.view(-1, *shape))
+            grad_weight = scales.sum(0).view(shape).to(weight.dtype)
         if ctx.needs_input_grad[3]:
-            per_example = grad.reshape(n, -1, *shape).sum(1)
             if ctx.records[1] is not None:
-                ctx.records[1].add_dense(per_example)
-            grad_bias = per_example.sum(0).to(weight.dtype)
+                ctx.records[1].add_dense(shifts.view(-1, *shape))
+            grad_bias = shifts.sum(0).view(shape).to(weight.dtype)
         return grad_x, None, grad_weight, grad_bias, None, None, None, None
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgrad_kernels import cpu, ops, reference
+from fastgrad_kernels import checks, cpu, ops, reference
 from fastgrad_kernels.layout import gather_blocks, scatter_blocks_, sum_of_squares
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -211,6 +211,8 @@ def test_adamw_against_its_definition(dtype):
             m,
             v,
             steps,
+            [],
+            [],
             torch.tensor(1e-2, dtype=torch.float64),
             0.9,
             0.95,
@@ -223,6 +225,149 @@ def test_adamw_against_its_definition(dtype):
             torch.testing.assert_close(a.double(), wa, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(b.double(), wb, rtol=1e-5, atol=1e-7)
             assert float(s) == t
+
+
+HYPER = (0.9, 0.95, 1e-8, 0.1, False)
+
+
+def update(params, grads, m, v, steps, fulls=(), ids=(), lr=1e-2, **kwargs):
+    rate = torch.tensor(lr, dtype=torch.float64)
+    ops.adamw_(params, grads, m, v, steps, list(fulls), list(ids), rate, *HYPER, **kwargs)
+
+
+def zeros_like(*params):
+    return [[torch.zeros(p.shape) for p in params] for _ in range(2)]
+
+
+@pytest.mark.parametrize("full_dtype", [torch.float32, torch.bfloat16])
+def test_adamw_writes_through_and_counts_steps_per_block(full_dtype):
+    """Blocks selected at different times have their own bias correction; nothing outside moves."""
+    torch.manual_seed(0)
+    full, ids = torch.randn(10, 12).to(full_dtype), torch.tensor([4, 0, 5])
+    packed = gather_blocks(full, ids, 4, 5).float()
+    whole = torch.randn(6).to(full_dtype)
+    master = whole.float()
+    steps = [torch.tensor([0.0, 7.0, 2.0]), torch.zeros(())]
+    params, before = [packed, master], full.clone()
+    grads = [torch.randn_like(p) for p in params]
+    m, v = zeros_like(*params)
+    parts = [(b, reference.adamw(packed[b], grads[0][b], m[0][b], v[0][b], int(steps[0][b]) + 1,
+              lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)[0]) for b in range(3)]
+    expected, padding = before.clone(), torch.zeros(10, 12)
+    none = torch.empty(0, dtype=torch.int64)
+    update(params, grads, m, v, steps, [full, whole], [ids, none])
+    for b, want in parts:
+        torch.testing.assert_close(packed[b].double(), want, rtol=1e-6, atol=1e-7)
+    scatter_blocks_(expected, ids, packed, 4, 5)
+    scatter_blocks_(padding, ids, torch.ones(3, 4, 5), 4, 5)
+    assert torch.equal(full, expected)
+    assert torch.equal(full[padding == 0], before[padding == 0])
+    assert torch.equal(whole, master.to(full_dtype))
+    assert steps[0].tolist() == [1, 8, 3]
+    assert float(steps[1]) == 1
+
+
+def test_adamw_scales_and_skips_like_a_grad_scaler():
+    torch.manual_seed(0)
+    plain, scaled = torch.randn(33), None
+    scaled = plain.clone()
+    grad, (m, v) = torch.randn(33), zeros_like(plain)
+    m2, v2 = zeros_like(plain)
+    steps, steps2 = [torch.zeros(())], [torch.zeros(())]
+    kept = grad.clone()
+    update([plain], [grad], m, v, steps)
+    scale = torch.tensor([4.0])
+    update([scaled], [grad * 4], m2, v2, steps2, grad_scale=scale, found_inf=torch.zeros(1))
+    torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-7)
+    assert torch.equal(grad, kept)
+    before = scaled.clone()
+    update([scaled], [grad], m2, v2, steps2, grad_scale=scale, found_inf=torch.ones(1))
+    assert torch.equal(scaled, before)
+    assert float(steps2[0]) == 1
+
+
+def test_stochastic_rounding_is_right_on_average():
+    """A step of a 64th of a bfloat16 unit is lost by rounding to nearest, kept by chance."""
+    n, lr = 1 << 14, 2.0**-14
+    nearest, chance = torch.ones(n).bfloat16(), torch.ones(n).bfloat16()
+    again, grad = chance.clone(), torch.full((n,), -1.0).bfloat16()
+    rate, seed = torch.tensor(lr, dtype=torch.float64), torch.tensor(7)
+    for p, key in ((nearest, None), (chance, seed), (again, seed)):
+        (m,), (v,) = zeros_like(p)
+        ops.adamw_([p], [grad], [m], [v], [torch.zeros(())], [], [], rate, 0.9, 0.95, 1e-8, 0.0,
+                   seed=key)  # fmt: skip
+    assert (nearest == 1).all()
+    assert torch.equal(chance, again)
+    unit = 2.0**-7
+    assert set(chance.float().unique().tolist()) <= {1.0, 1.0 + unit}
+    share = float((chance > 1).float().mean())  # p = lr / unit = 1/128: 128 +- 11 of 16384
+    assert abs(share * n - 128) < 6 * 11.3
+
+
+def test_gradients_are_added_in_place():
+    torch.manual_seed(0)
+    left, right, offsets = torch.randn(20, 17), torch.randn(20, 24), offsets_of([7, 0, 13])
+    before = torch.randn(17, 24)
+    grad = before.clone()
+    sq, _ = ops.cross_influence_add_(grad, left, right, offsets, 16, 8)
+    want, want_sq, _ = reference.cross_influence(left, right, offsets, 16, 8)
+    torch.testing.assert_close(grad.double(), before + want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sq.double(), want_sq, rtol=1e-5, atol=1e-5)
+    ids, packed = torch.tensor([5, 1]), torch.ones(2, 16, 8)
+    ops.sparse_wgrad_add_(packed, left, right, ids)
+    want = 1 + reference.sparse_wgrad(left, right, ids, 16, 8)
+    torch.testing.assert_close(packed.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_comes_in_the_dtype_asked_for():
+    torch.manual_seed(0)
+    left, right = torch.randn(20, 17).bfloat16(), torch.randn(20, 24).bfloat16()
+    args = (left, right, offsets_of([7, 13]), 17, 24, None, True)
+    wide = ops.cross_influence(*args)[0]
+    narrow = ops.cross_influence(*args, torch.bfloat16)[0]
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(narrow, wide.bfloat16())
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("lengths", [[3, 3], [5, 0, 1]])
+def test_norm_gradients(mean, lengths):
+    torch.manual_seed(0)
+    tokens = sum(lengths)
+    x, g = torch.randn(tokens, 9), torch.randn(tokens, 9)
+    mu, rstd = (torch.randn(tokens) if mean else None), torch.rand(tokens) + 0.5
+    weight, bias = ops.norm_gradients(x, g, rstd, offsets_of(lengths), mu, mean)
+    hat = (x.double() - (0 if mu is None else mu.double()[:, None])) * rstd.double()[:, None]
+    want = torch.stack([p.sum(0) for p in (hat * g).split(lengths)])
+    torch.testing.assert_close(weight.double(), want, rtol=1e-5, atol=1e-5)
+    if mean:
+        want = torch.stack([p.sum(0) for p in g.double().split(lengths)])
+        torch.testing.assert_close(bias.double(), want, rtol=1e-5, atol=1e-5)
+    else:
+        assert bias.shape == (0, 9)
+
+
+def test_grad_stats_of_a_list():
+    """Shapes from a scalar to three dimensions, mixed dtypes, empty and damaged tensors."""
+    torch.manual_seed(0)
+    grads = [torch.randn(()), torch.randn(0, 4), torch.randn(5, 3, 4), torch.randn(40).bfloat16(),
+             torch.randn(9, 7).T]  # fmt: skip
+    grads[2][1, 2, 3] = torch.nan
+    grads[3][5] = torch.inf
+    sizes = [(1, 1), (2, 2), (2, 8), (1, 16), (3, 100)]
+    blocks, tensors = ops.grad_stats(grads, [r for r, _ in sizes], [c for _, c in sizes])
+    start = 0
+    for i, (g, (r, c)) in enumerate(zip(grads, sizes, strict=True)):
+        matrix = g.reshape(g.shape[0] if g.ndim > 1 else 1, -1) if g.numel() else g
+        want = reference.block_stats(matrix, r, c) if g.numel() else torch.zeros(4, 0).double()
+        got = blocks[:, start : start + want.shape[1]].double()
+        start += want.shape[1]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        total = torch.cat([want[:2].sum(1), want[2].amax()[None] if want.numel() else
+                           torch.zeros(1).double(), want[3].sum()[None]])  # fmt: skip
+        torch.testing.assert_close(tensors[:, i].double(), total, rtol=1e-5, atol=1e-6)
+    assert start == blocks.shape[1]
+    assert ops.grad_stats([], [], [])[0].shape == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +405,52 @@ def test_adamw_against_its_definition(dtype):
             ops.sparse_wgrad,
             lambda: (torch.randn(12, 5), torch.randn(12, 6), torch.tensor([0, 3]), 2, 4),
         ),
-        (ops.block_stats, lambda: (torch.randn(7, 9), 3, 4)),
+        (ops.grad_stats, lambda: ([torch.randn(7, 9), torch.randn(5)], [3, 1], [4, 2])),
+        (
+            ops.cross_influence_add_,
+            lambda: (
+                torch.randn(5, 6),
+                torch.randn(12, 5),
+                torch.randn(12, 6),
+                offsets_of([6, 6]),
+                9,
+                9,
+            ),
+        ),
+        (
+            ops.sparse_wgrad_add_,
+            lambda: (
+                torch.randn(2, 2, 4),
+                torch.randn(12, 5),
+                torch.randn(12, 6),
+                torch.tensor([0, 3]),
+            ),
+        ),
+        (
+            ops.norm_gradients,
+            lambda: (
+                torch.randn(12, 5),
+                torch.randn(12, 5),
+                torch.rand(12),
+                offsets_of([6, 6]),
+                torch.randn(12),
+                True,
+            ),
+        ),
+        (
+            ops.adamw_,
+            lambda: (
+                [torch.randn(2, 2, 2)],
+                [torch.randn(2, 2, 2)],
+                [torch.zeros(2, 2, 2)],
+                [torch.zeros(2, 2, 2)],
+                [torch.zeros(2)],
+                [torch.randn(4, 4)],
+                [torch.tensor([0, 3])],
+                torch.tensor(1e-2),
+                *HYPER,
+            ),
+        ),
         (
             ops.adamw_,
             lambda: (
@@ -269,6 +459,8 @@ def test_adamw_against_its_definition(dtype):
                 [torch.zeros(3)],
                 [torch.zeros(3)],
                 [torch.zeros(())],
+                [],
+                [],
                 torch.tensor(1e-2),
                 0.9,
                 0.99,
@@ -278,7 +470,18 @@ def test_adamw_against_its_definition(dtype):
             ),
         ),
     ],
-    ids=["cross", "cross-norms", "embedding", "wgrad", "stats", "adamw"],
+    ids=[
+        "cross",
+        "cross-norms",
+        "embedding",
+        "wgrad",
+        "stats",
+        "cross-add",
+        "wgrad-add",
+        "norm",
+        "adamw-blocks",
+        "adamw",
+    ],
 )
 def test_opcheck(op, args):
     torch.library.opcheck(op, args())
@@ -333,6 +536,62 @@ def test_operators_compile():
             lambda: ops.sparse_wgrad(torch.ones(3, 2), torch.ones(3, 2), torch.tensor([4]), 1, 1),
             "outside 0..3",
         ),
+        (
+            # an operator that is given a meta tensor answers with its shapes alone
+            lambda: checks.check_directions(
+                torch.ones(1, 2, 2, device="meta"), 2, 2, torch.device("cpu")
+            ),
+            "on meta",
+        ),
+        (
+            lambda: ops.cross_influence_add_(
+                torch.ones(2, 2).bfloat16(), torch.ones(3, 2), torch.ones(3, 2), offsets_of([3]),
+                1, 1,
+            ),
+            "cannot add to torch.bfloat16",
+        ),
+        (
+            lambda: ops.sparse_wgrad_add_(
+                torch.ones(1, 2, 2).mT, torch.ones(3, 2), torch.ones(3, 2), torch.tensor([0])
+            ),
+            "strides",
+        ),
+        (
+            lambda: ops.sparse_wgrad(
+                torch.ones(3, 2), torch.ones(3, 2), torch.tensor([0], dtype=torch.int32), 1, 1
+            ),
+            "one-dimensional int64",
+        ),
+        (
+            lambda: ops.norm_gradients(
+                torch.ones(3, 2), torch.ones(3, 2), torch.ones(2), offsets_of([3])
+            ),
+            "for 3 tokens",
+        ),
+        (lambda: ops.grad_stats([torch.ones(3).int()], [1], [1]), "gradient 0 is torch.int32"),
+        (lambda: ops.grad_stats([torch.ones(3)], [1], [1, 1]), "one each"),
+        (
+            lambda: checks.check_gradients(
+                [torch.ones(3), torch.ones(3, device="meta")], [1] * 2, [1] * 2
+            ),
+            "gradient 1 is on meta",
+        ),
+        (lambda: ops.grad_stats([torch.eye(2).to_sparse()], [1], [1]), "dense"),
+        (
+            lambda: update(
+                [torch.ones(2, 2, 2)], [torch.ones(2, 2, 2)], [torch.ones(2, 2, 2)],
+                [torch.ones(2, 2, 2)], [torch.zeros(())], [torch.ones(4, 4)],
+                [torch.tensor([0, 9])],
+            ),
+            "blocks 0..9 outside 0..3",
+        ),
+        (
+            lambda: update(
+                [torch.ones(4)], [torch.ones(4)], [torch.ones(4)], [torch.ones(4)],
+                [torch.zeros(3)],
+            ),
+            "3 step counts",
+        ),
         (lambda: ops.block_stats(torch.ones(3), 1, 1), "needs a float matrix"),
         (lambda: ops.block_stats(torch.ones(3, 3), 0, 1), "is empty"),
         (
@@ -342,6 +601,8 @@ def test_operators_compile():
                 [torch.ones(2)],
                 [torch.ones(2)],
                 [torch.zeros(())],
+                [],
+                [],
                 torch.tensor(0.1),
                 0.9,
                 0.9,

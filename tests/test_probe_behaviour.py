@@ -416,7 +416,7 @@ def test_the_self_check_catches_a_wrong_tap(monkeypatch):
     monkeypatch.setattr(
         ParamRecord,
         "add_product",
-        lambda self, left, right, rows: original(self, left, right * 1.01, rows) / 1.01,
+        lambda self, left, right, *args: original(self, left, right * 1.01, *args) / 1.01,
     )
     model = randomised(MODELS["llama"])
     with fg.Probe(model) as probe:

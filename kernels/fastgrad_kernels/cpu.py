@@ -24,7 +24,9 @@ from fastgrad_kernels.layout import (
     block_sums,
     chunk_norms,
     grid_shape,
+    matrix_view,
     sum_of_squares,
+    write_blocks_,
 )
 
 # A scratch tile of about 1024 x 1024 float32 (4 MiB): measured best of 256..2048 on two x86
@@ -241,6 +243,34 @@ def embedding_influence(
     return sq.flatten(1).T.contiguous(), dots.T.contiguous()
 
 
+def norm_gradients(
+    x: Tensor,
+    grad_out: Tensor,
+    rstd: Tensor,
+    offsets: Tensor,
+    mean: Tensor | None,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastgrad_kernels.ops.norm_gradients`."""
+    dtype = accumulation_dtype(x)
+    grad, bounds = grad_out.to(dtype), offsets.tolist()
+    normalised = x.to(dtype)
+    if mean is not None:
+        normalised = normalised - mean.to(dtype)[:, None]
+    products = (normalised * rstd.to(dtype)[:, None]).mul_(grad)
+    weight = _example_sums(products, bounds)
+    return weight, _example_sums(grad, bounds) if want_bias else weight.new_empty(0, x.shape[1])
+
+
+def _example_sums(matrix: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Sum of each example's rows, ``[n_examples, d]``."""
+    n, length = len(bounds) - 1, uniform_length(bounds)
+    if length:
+        return matrix.unflatten(0, (n, length)).sum(1)
+    sums = [matrix[a:b].sum(0) for a, b in pairwise(bounds)]
+    return torch.stack(sums) if sums else matrix.new_zeros(0, matrix.shape[1])
+
+
 def sparse_wgrad(
     left: Tensor, right: Tensor, ids: Tensor, block_rows: int, block_cols: int
 ) -> Tensor:
@@ -274,16 +304,37 @@ def _stripe(left: Tensor, right: Tensor, blocks: Tensor, width: int, packed: Ten
     return packed
 
 
+def grad_stats(
+    grads: Sequence[Tensor], block_rows: Sequence[int], block_cols: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastgrad_kernels.ops.grad_stats`."""
+    wide = any(g.dtype == torch.float64 for g in grads)
+    like = grads[0] if grads else torch.empty(0)
+    like = like.new_empty(0, dtype=torch.float64 if wide else torch.float32)
+    parts = [
+        block_stats(matrix_view(g), r, c)
+        for g, r, c in zip(grads, block_rows, block_cols, strict=True)
+    ]
+    totals = [
+        torch.stack([*p[:2].double().sum(1), p[2].amax(), p[3].double().sum()])
+        if p.shape[1]
+        else like.new_zeros(4, dtype=torch.float64)
+        for p in parts
+    ]
+    return (
+        torch.cat([like.new_empty(4, 0), *(p.to(like.dtype) for p in parts)], 1),
+        torch.stack(totals, 1).to(like.dtype) if totals else like.new_empty(4, 0),
+    )
+
+
 def block_stats(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
-    """See :func:`fastgrad_kernels.ops.block_stats`."""
+    """One gradient's part of :func:`fastgrad_kernels.ops.grad_stats`, ``[4, n_blocks]``."""
     rows, cols = matrix.shape
     x = matrix.to(accumulation_dtype(matrix))
-    block_rows, block_cols = min(block_rows, max(rows, 1)), min(block_cols, max(cols, 1))
-    grid = grid_shape(rows, cols, block_rows, block_cols)
-    n_blocks = grid[0] * grid[1]
     if x.numel() == 0:
-        return x.new_zeros(4, n_blocks)
-    if n_blocks == 1:
+        return x.new_zeros(4, 0)
+    block_rows, block_cols = min(block_rows, rows), min(block_cols, cols)
+    if grid_shape(rows, cols, block_rows, block_cols) == (1, 1):
         square = sum_of_squares(x)
         if torch.isfinite(square):
             absolute = x.abs()
@@ -311,36 +362,42 @@ def _block_max(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
 
 
 def adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    fulls: Sequence[Tensor],
+    ids: Sequence[Tensor],
     lr: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
     maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    seed: Tensor | None,
 ) -> None:
     """See :func:`fastgrad_kernels.ops.adamw_`. PyTorch's own fused update does the arithmetic;
     parameters of lower precision than their moments pass through a temporary copy."""
-    torch._foreach_add_(steps, 1.0)
-    work = [p.to(m.dtype) for p, m in zip(params, exp_avgs, strict=True)]
-    grads = [_like(w, g) for w, g in zip(work, grads, strict=True)]
+    if not params or (found_inf is not None and bool(found_inf != 0)):
+        return
+    lists = _per_count(params, grads, exp_avgs, exp_avg_sqs, steps)
+    work = [p.to(m.dtype) for p, m in zip(lists[0], lists[2], strict=True)]
+    wide = [_like(w, g) for w, g in zip(work, lists[1], strict=True)]
+    if grad_scale is not None:
+        wide = [g / grad_scale.to(g.dtype) for g in wide]
     # The fused update walks through memory: all four tensors must be laid out alike.
-    moments = [
-        (m, _like(w, m)) for ms in (exp_avgs, exp_avg_sqs) for w, m in zip(work, ms, strict=True)
-    ]
-    exp_avgs = [m for _, m in moments[: len(work)]]
-    exp_avg_sqs = [m for _, m in moments[len(work) :]]
+    moments = [(m, _like(w, m)) for ms in lists[2:4] for w, m in zip(work, ms, strict=True)]
+    torch._foreach_add_(lists[4], 1.0)
     torch._fused_adamw_(
         work,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
+        wide,
+        [m for _, m in moments[: len(work)]],
+        [m for _, m in moments[len(work) :]],
         [],
-        steps,
+        lists[4],
         lr=lr,
         beta1=beta1,
         beta2=beta2,
@@ -349,9 +406,39 @@ def adamw_(
         amsgrad=False,
         maximize=maximize,
     )
-    for target, result in (*zip(params, work, strict=True), *moments):
+    for target, result in moments:
         if result is not target:
             target.copy_(result)
+    for i, (target, result, step) in enumerate(zip(lists[0], work, lists[4], strict=True)):
+        if seed is not None and target.dtype == torch.bfloat16:
+            target.copy_(_rounded_stochastically(result, (int(seed), int(step), i)))
+        elif result is not target:
+            target.copy_(result)
+    for p, full, blocks in zip(params, fulls, ids, strict=False):
+        if full.numel() and blocks.numel():
+            write_blocks_(full, blocks, p, p.shape[1], p.shape[2])
+        elif full.numel():
+            full.copy_(p.view(full.shape))
+
+
+def _per_count(*lists: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    """A tensor with a step count per block becomes one tensor per block: views, no copies."""
+    out: tuple[list[Tensor], ...] = tuple([] for _ in lists)
+    for row in zip(*lists, strict=True):
+        for target, tensor in zip(out, row, strict=True):
+            target.extend([tensor] if row[-1].numel() == 1 else tensor.unbind(0))
+    return out
+
+
+def _rounded_stochastically(x: Tensor, key: tuple[int, int, int]) -> Tensor:
+    """float32 to bfloat16, up with the probability of the part cut off; finite stays finite."""
+    generator = torch.Generator(x.device).manual_seed(hash(key) & (2**63 - 1))
+    x = x.float()
+    bits = x.view(torch.int32)
+    noise = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    largest = (bits & 0x7FFF0000) == 0x7F7F0000
+    moved = (bits + noise.masked_fill_(largest, 0)) & -0x10000
+    return torch.where(torch.isfinite(x), moved.view(torch.float32), x).to(torch.bfloat16)
 
 
 def _like(model: Tensor, tensor: Tensor) -> Tensor:
@@ -366,8 +453,10 @@ __all__ = [
     "block_stats",
     "cross_influence",
     "embedding_influence",
+    "grad_stats",
     "gram_norms",
     "gram_products",
+    "norm_gradients",
     "prefer_gram",
     "sparse_wgrad",
     "uniform_length",

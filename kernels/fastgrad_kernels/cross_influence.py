@@ -201,6 +201,7 @@ def launch_fused(
     want_grad: bool,
     *,
     into: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,6 +209,7 @@ def launch_fused(
 
     Args:
         into: contiguous float32 ``[rows, cols]`` to which the gradient is added in place.
+        grad_dtype: what the gradient is rounded to as it is stored; float32 by default.
         tile: another tile than the default.
         splits: programs per tile, each with whole examples; by default as many as fill the chip.
 
@@ -228,14 +230,15 @@ def launch_fused(
             f"{into.stride()}: a contiguous float32 tensor {(rows, cols)} is needed"
         )
     arch = architecture(left.device)
+    grad_dtype = torch.float32 if grad_dtype is None or into is not None else grad_dtype
     tile = tile or fused_tile(left.dtype, arch, want_grad, n_dir)
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
     if n == 0 or tiles == 0:
         blocks = -(-rows // block_rows) * -(-cols // block_cols)
-        grad = into if into is not None else left.new_zeros(rows, cols, dtype=torch.float32)
-        grad = grad if want_grad else left.new_empty(0, dtype=torch.float32)
-        zeros = left.new_zeros(blocks + n_dir, n, dtype=torch.float32)
-        return grad, zeros[:blocks], zeros[blocks:]
+        grad = into if into is not None else left.new_zeros(rows, cols, dtype=grad_dtype)
+        grad = grad if want_grad else left.new_empty(0, dtype=grad_dtype)
+        squares = left.new_zeros(blocks, n, dtype=torch.float32)
+        return grad, squares, squares.new_zeros(n_dir, n)
     if splits is None:
         # With a gradient each split writes one more copy of it; without, four waves even out
         # examples of different lengths.
@@ -249,13 +252,16 @@ def launch_fused(
     sums = left.new_empty(n, sums_rows, sums_cols, dtype=torch.float32)
     dots = left.new_empty(n_dir, n, tiles, dtype=torch.float32)
     accumulate = into is not None and splits == 1
+    # One split rounds as it stores; several are added in float32 first. The interpreter's own
+    # cast to bfloat16 cuts off instead of rounding.
+    stored = grad_dtype if splits == 1 and not gram.interpreting() else torch.float32
     if not want_grad:
-        partial = left.new_empty(0, dtype=torch.float32)
+        partial = left.new_empty(0, dtype=stored)
     elif accumulate:
         assert into is not None
         partial = into
     else:
-        partial = left.new_empty(splits, rows, cols, dtype=torch.float32)
+        partial = left.new_empty(splits, rows, cols, dtype=stored)
     if directions is not None:
         directions = directions.contiguous()
 
@@ -306,7 +312,7 @@ def launch_fused(
     if want_grad and not accumulate:
         grad = partial[0] if splits == 1 else partial.sum(0)
         grad = grad if into is None else into.add_(grad)
-    return grad, per_block.T.contiguous(), dots.sum(2)
+    return grad.to(grad_dtype), per_block.T.contiguous(), dots.sum(2)
 
 
 def cross_influence(
@@ -317,6 +323,9 @@ def cross_influence(
     block_cols: int,
     directions: Tensor | None,
     want_grad: bool,
+    *,
+    into: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ops.cross_influence`` on a GPU: fused kernel, or Gram kernel beside a plain product."""
     if not isinstance(offsets, Tensor):
@@ -331,16 +340,24 @@ def cross_influence(
         and gram.prefer_gram(rows, cols, n, left.shape[0], want_grad, left.dtype, arch)
     ):
         sq = gram.gram_norms(left, right, offsets).unsqueeze(0)
-        grad = _product(left, right) if want_grad else left.new_empty(0, dtype=torch.float32)
-        return grad, sq, sq.new_zeros(0, n)
-    return launch_fused(left, right, offsets, block_rows, block_cols, directions, want_grad)
+        grad = left.new_empty(0, dtype=grad_dtype or torch.float32)
+        if want_grad:
+            grad = _product(left, right, torch.float32 if into is not None else grad_dtype)
+        return grad if into is None else into.add_(grad), sq, sq.new_zeros(0, n)
+    return launch_fused(
+        left, right, offsets, block_rows, block_cols, directions, want_grad,
+        into=into, grad_dtype=grad_dtype,
+    )  # fmt: skip
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``leftᵀ right`` in float32, whatever the factors are stored in."""
-    if left.is_cuda and left.dtype != torch.float32:
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``leftᵀ right``, summed in float32 and rounded once, whatever the factors are stored in."""
+    dtype = dtype or torch.float32
+    if left.dtype == dtype:
+        return left.T @ right
+    if left.is_cuda and dtype == torch.float32:
         return torch.mm(left.T, right, out_dtype=torch.float32)
-    return left.T.float() @ right.float()
+    return (left.T.float() @ right.float()).to(dtype)
 
 
 def _shipped() -> tuple[Shipped, ...]:

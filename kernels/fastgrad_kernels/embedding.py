@@ -145,6 +145,25 @@ def _refuse(condition: bool, message: str) -> None:
         raise ValueError(f"fastgrad_kernels: {message}")
 
 
+def unsupported(
+    ids: Tensor,
+    grad_out: Tensor,
+    offsets: Tensor,
+    num_rows: int,
+    block_rows: int,
+    block_cols: int,
+    directions: Tensor | None,
+) -> str | None:
+    """Why the kernel cannot do this, in words, or None if it can."""
+    for t in (grad_out, *(() if directions is None else (directions,))):
+        if t.dtype not in _FLOATS:
+            return f"dtype {t.dtype}: the kernel accumulates in float32"
+    blocks = -(-grad_out.shape[1] // block_cols)
+    if blocks * max(1, 0 if directions is None else directions.shape[0]) > 65535:
+        return f"{blocks} column blocks: a launch grid's second number ends at 65535"
+    return None
+
+
 def _starts(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
@@ -168,7 +187,8 @@ def embedding_influence(
     _refuse(grad_out.dtype not in _FLOATS, f"grad_out is {grad_out.dtype}; {list(_FLOATS)} only")
     _refuse(grad_out.ndim != 2 or ids.shape != grad_out.shape[:1], f"{tuple(ids.shape)} ids, "
             f"grad_out {tuple(grad_out.shape)}")  # fmt: skip
-    _refuse(not grad_out.is_contiguous(), f"grad_out is not contiguous: {grad_out.stride()}")
+    grad_out = grad_out.contiguous()
+    directions = None if directions is None else directions.contiguous()
     _refuse(min(block_rows, block_cols) <= 0, f"block {block_rows}x{block_cols} is empty")
     for name, t in (("ids", ids), ("offsets", offsets)):
         _refuse(t.dtype != torch.int64, f"{name} must be int64, not {t.dtype}")

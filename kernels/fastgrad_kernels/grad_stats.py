@@ -377,6 +377,14 @@ _CACHE: OrderedDict[object, TensorTable] = OrderedDict()
 _CACHE_SIZE = 16
 
 
+def unsupported(grads: Sequence[Tensor]) -> str | None:
+    """Why the kernel cannot do this, in words, or None if it can."""
+    for g in grads:
+        if g.dtype not in CODES:
+            return f"dtype {g.dtype}: the kernel sums in float32"
+    return None
+
+
 def grad_stats(
     grads: Sequence[Tensor | None],
     grids: Sequence[Grid] | None = None,

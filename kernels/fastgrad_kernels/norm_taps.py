@@ -94,6 +94,19 @@ def _refuse(condition: bool, message: str) -> None:
         raise ValueError(f"fastgrad_kernels: {message}")
 
 
+def unsupported(x: Tensor, grad_out: Tensor, rstd: Tensor, mean: Tensor | None) -> str | None:
+    """Why the kernel cannot do this, in words, or None if it can."""
+    for t in (x, grad_out):
+        if t.dtype not in _FLOATS:
+            return f"dtype {t.dtype}: the kernel accumulates in float32"
+    for t in (rstd, *(() if mean is None else (mean,))):
+        if t.dtype != torch.float32:
+            return f"statistics in {t.dtype}: the kernel takes float32"
+    if -(-x.shape[1] // DEFAULT.cols) > 65535:
+        return f"{x.shape[1]} features: a launch grid's second number ends at 65535"
+    return None
+
+
 def norm_taps(
     x: Tensor,
     grad_out: Tensor,

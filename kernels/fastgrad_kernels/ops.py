@@ -2,71 +2,77 @@
 
 The only file that registers anything. Every op has an eager implementation that runs on any
 device, a fake (shape-only) one for ``torch.compile`` and meta tensors, argument checks that
-run before any work, and a FLOP formula where it multiplies matrices.
+run before any work, and a FLOP formula where it multiplies matrices. On a GPU, and under
+``TRITON_INTERPRET=1``, an op runs its Triton kernel; where that cannot do a call, a
+:class:`~fastgrad_kernels.dispatch.FallbackWarning` names the reason and blocked PyTorch runs.
 
 Common terms. A weight gradient is ``leftᵀ right`` with ``left [tokens, rows]`` and ``right
 [tokens, cols]``. For ``nn.Linear`` left is the gradient of the output and right the input; for
 transformers' ``Conv1D``, whose weight is transposed, the other way round. ``offsets`` is int64
-``[n_examples + 1]`` and ascending: example j owns tokens ``offsets[j]:offsets[j + 1]``.
+``[n_examples + 1]`` and ascending: example j owns tokens ``offsets[j]:offsets[j + 1]``. Keep it
+on the CPU: the host looks at its values.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastgrad_kernels import cpu
+from fastgrad_kernels import cpu, dispatch
+from fastgrad_kernels.checks import (
+    FLOATS,
+    check,
+    check_block,
+    check_blocks,
+    check_directions,
+    check_factors,
+    check_gradients,
+    check_lookups,
+    check_offsets,
+    check_target,
+    check_update,
+    n_blocks,
+)
+from fastgrad_kernels.configs import on_device
+from fastgrad_kernels.layout import accumulation_dtype, matrix_view
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+def _influence(
+    op: str,
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    block_rows: int,
+    block_cols: int,
+    directions: Tensor | None,
+    want_grad: bool,
+    into: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check, choose and run; the gradient comes in ``grad_dtype`` or is added to ``into``."""
+    check_factors(left, right)
+    check_block(block_rows, block_cols)
+    check_offsets(offsets, left.shape[0])
+    check_directions(directions, left.shape[1], right.shape[1], left.device)
+    if dispatch.takes(left):
+        from fastgrad_kernels import cross_influence as fused
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(f"fastgrad_kernels: {message}")
-
-
-def _check_factors(left: Tensor, right: Tensor) -> None:
-    _check(
-        left.ndim == right.ndim == 2,
-        f"factors must be matrices, got {left.ndim}-D and "
-        f"{right.ndim}-D; flatten examples and tokens first",
+        if dispatch.kernel(op, left, fused.unsupported(left, right, block_rows, block_cols)):
+            return fused.cross_influence(
+                left, right, offsets, block_rows, block_cols, directions, want_grad,
+                into=into, grad_dtype=grad_dtype,
+            )  # fmt: skip
+    grad, sq, dots = cpu.cross_influence(
+        left, right, offsets, block_rows, block_cols, directions, want_grad
     )
-    _check(
-        left.shape[0] == right.shape[0],
-        f"left has {left.shape[0]} tokens, right "
-        f"{right.shape[0]}; both factors of a gradient have one row per token",
-    )
-    _check(
-        left.dtype in _FLOATS and left.dtype == right.dtype,
-        f"dtypes {left.dtype} and {right.dtype}: both factors must have the same float dtype",
-    )
-    _check(left.device == right.device, f"left is on {left.device}, right on {right.device}")
-
-
-def _check_offsets(offsets: Tensor, tokens: int) -> None:
-    _check(
-        offsets.ndim == 1 and offsets.dtype == torch.int64 and offsets.numel() >= 1,
-        "offsets must be a one-dimensional int64 tensor [n_examples + 1]",
-    )
-    bounds = offsets.tolist()
-    _check(
-        bounds[0] == 0 and bounds[-1] == tokens and bounds == sorted(bounds),
-        f"offsets {bounds[:1]}..{bounds[-1:]} must rise from 0 to the {tokens} tokens given: "
-        "every token belongs to exactly one example",
-    )
-
-
-def _check_block(block_rows: int, block_cols: int) -> None:
-    _check(block_rows > 0 and block_cols > 0, f"block {block_rows}x{block_cols} is empty")
-
-
-def _n_blocks(rows: int, cols: int, block_rows: int, block_cols: int) -> int:
-    return -(-rows // block_rows) * -(-cols // block_cols)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if into is not None:
+        grad = into.add_(grad)
+    elif grad_dtype is not None:
+        grad = grad.to(grad_dtype)
+    return grad, sq, dots
 
 
 @torch.library.custom_op("fastgrad::cross_influence", mutates_args=())
@@ -78,6 +84,7 @@ def cross_influence(
     block_cols: int,
     directions: Tensor | None = None,
     want_grad: bool = True,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight gradient and its per-example, per-block squared norms in one pass.
 
@@ -88,6 +95,7 @@ def cross_influence(
         block_rows, block_cols: size of a block; as large as the matrix for one block in all.
         directions: ``[k, rows, cols]`` target directions for signed influence, or None.
         want_grad: False if the gradient itself is not needed.
+        grad_dtype: dtype to round the gradient to; by default that of the sums.
 
     Returns:
         ``grad [rows, cols]`` (empty if not wanted), ``sq [n_blocks, n_examples]`` squared
@@ -98,26 +106,58 @@ def cross_influence(
         ValueError: for mismatched shapes, dtypes, devices, or offsets that do not cover the
             tokens; before any work is done.
     """
-    _check_factors(left, right)
-    _check_block(block_rows, block_cols)
-    _check_offsets(offsets, left.shape[0])
-    if directions is not None:
-        _check(
-            directions.shape[1:] == (left.shape[1], right.shape[1]),
-            f"directions {tuple(directions.shape)} do not fit a gradient of shape "
-            f"{(left.shape[1], right.shape[1])}",
-        )
-    return cpu.cross_influence(left, right, offsets, block_rows, block_cols, directions, want_grad)
+    return _influence(
+        "cross_influence", left, right, offsets, block_rows, block_cols, directions, want_grad,
+        grad_dtype=grad_dtype,
+    )  # fmt: skip
 
 
 @cross_influence.register_fake
-def _(left, right, offsets, block_rows, block_cols, directions=None, want_grad=True):  # type: ignore[no-untyped-def]
+def _(left, right, offsets, block_rows, block_cols, directions=None, want_grad=True,
+      grad_dtype=None):  # type: ignore[no-untyped-def]  # fmt: skip
     rows, cols, n = left.shape[1], right.shape[1], offsets.shape[0] - 1
-    dtype = _wide(left)
-    grad = left.new_empty((rows, cols) if want_grad else (0,), dtype=dtype)
+    dtype = accumulation_dtype(left)
+    grad = left.new_empty((rows, cols) if want_grad else (0,), dtype=grad_dtype or dtype)
     n_dir = 0 if directions is None else directions.shape[0]
-    sq = left.new_empty(_n_blocks(rows, cols, block_rows, block_cols), n, dtype=dtype)
+    sq = left.new_empty(n_blocks(rows, cols, block_rows, block_cols), n, dtype=dtype)
     return grad, sq, left.new_empty(n_dir, n, dtype=dtype)
+
+
+@torch.library.custom_op("fastgrad::cross_influence_add_", mutates_args=("grad",))
+def cross_influence_add_(
+    grad: Tensor,
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    block_rows: int,
+    block_cols: int,
+    directions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`cross_influence` that adds the weight gradient to ``grad`` in place.
+
+    Args:
+        grad: contiguous ``[rows, cols]``, float32 (float64 for float64 factors).
+
+    Returns:
+        ``sq`` and ``dots`` of this call alone, without what ``grad`` held before.
+
+    Raises:
+        ValueError: as :func:`cross_influence`, and for a ``grad`` that does not fit.
+    """
+    check_factors(left, right)
+    check_target(grad, (left.shape[1], right.shape[1]), left)
+    return _influence(
+        "cross_influence_add_", left, right, offsets, block_rows, block_cols, directions, True,
+        into=grad,
+    )[1:]  # fmt: skip
+
+
+@cross_influence_add_.register_fake
+def _(grad, left, right, offsets, block_rows, block_cols, directions=None):  # type: ignore[no-untyped-def]
+    n, dtype = offsets.shape[0] - 1, accumulation_dtype(left)
+    n_dir = 0 if directions is None else directions.shape[0]
+    blocks = n_blocks(left.shape[1], right.shape[1], block_rows, block_cols)
+    return left.new_empty(blocks, n, dtype=dtype), left.new_empty(n_dir, n, dtype=dtype)
 
 
 @torch.library.custom_op("fastgrad::embedding_influence", mutates_args=())
@@ -145,27 +185,104 @@ def embedding_influence(
     Raises:
         ValueError: for mismatched shapes or ids outside the table.
     """
-    _check(ids.ndim == 1 and ids.dtype == torch.int64, "ids must be one-dimensional int64")
-    _check(
-        grad_out.ndim == 2 and grad_out.shape[0] == ids.shape[0],
-        f"{ids.shape[0]} ids but grad_out of shape {tuple(grad_out.shape)}",
-    )
-    _check_block(block_rows, block_cols)
-    _check_offsets(offsets, ids.shape[0])
-    if ids.numel():
-        low, high = int(ids.min()), int(ids.max())
-        _check(low >= 0 and high < num_rows, f"ids {low}..{high} outside a table of {num_rows}")
-    return cpu.embedding_influence(
-        ids, grad_out, offsets, num_rows, block_rows, block_cols, directions
-    )
+    check_lookups(ids, grad_out, num_rows)
+    check_block(block_rows, block_cols)
+    check_offsets(offsets, ids.shape[0])
+    check_directions(directions, num_rows, grad_out.shape[1], grad_out.device)
+    args = (ids, grad_out, offsets, num_rows, block_rows, block_cols, directions)
+    if dispatch.takes(grad_out):
+        from fastgrad_kernels import embedding
+
+        if dispatch.kernel("embedding_influence", grad_out, embedding.unsupported(*args)):
+            with on_device(grad_out):
+                return embedding.embedding_influence(*args)
+    return cpu.embedding_influence(*args)
 
 
 @embedding_influence.register_fake
 def _(ids, grad_out, offsets, num_rows, block_rows, block_cols, directions=None):  # type: ignore[no-untyped-def]
-    n, dtype = offsets.shape[0] - 1, _wide(grad_out)
-    blocks = _n_blocks(num_rows, grad_out.shape[1], block_rows, block_cols)
+    n, dtype = offsets.shape[0] - 1, accumulation_dtype(grad_out)
+    blocks = n_blocks(num_rows, grad_out.shape[1], block_rows, block_cols)
     n_dir = 0 if directions is None else directions.shape[0]
     return grad_out.new_empty(blocks, n, dtype=dtype), grad_out.new_empty(n_dir, n, dtype=dtype)
+
+
+@torch.library.custom_op("fastgrad::norm_gradients", mutates_args=())
+def norm_gradients(
+    x: Tensor,
+    grad_out: Tensor,
+    rstd: Tensor,
+    offsets: Tensor,
+    mean: Tensor | None = None,
+    want_bias: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Each example's gradient of the weight and bias of a LayerNorm or (no mean) RMSNorm.
+
+    ``weight[j] = Σ_{t in j} grad_out_t (x_t - mean_t) rstd_t`` and ``bias[j] = Σ grad_out_t``.
+
+    Args:
+        x, grad_out: ``[tokens, d]`` floats; their dtypes may differ.
+        rstd, mean: ``[tokens]``, as the forward pass has computed them.
+        offsets: as in :func:`cross_influence`.
+        want_bias: also sum ``grad_out``.
+
+    Returns:
+        ``weight [n, d]`` and ``bias [n, d]`` (``[0, d]`` if not wanted), float32 (float64 for
+        float64 ``x``).
+
+    Raises:
+        ValueError: for mismatched shapes, dtypes, devices or offsets.
+    """
+    check(
+        x.ndim == 2 and x.shape == grad_out.shape,
+        f"x {tuple(x.shape)} and grad_out {tuple(grad_out.shape)} must be matrices of one shape",
+    )
+    for name, t in (("x", x), ("grad_out", grad_out)):
+        check(t.dtype in FLOATS, f"{name} is {t.dtype}: a float type is needed")
+    for name, s in (("rstd", rstd), ("mean", mean)):
+        if s is not None:
+            check(s.shape == x.shape[:1], f"{name} {tuple(s.shape)} for {x.shape[0]} tokens")
+            check(s.device == x.device, f"{name} is on {s.device}, x on {x.device}")
+    check_offsets(offsets, x.shape[0])
+    if dispatch.takes(x):
+        from fastgrad_kernels import norm_taps
+
+        reason = norm_taps.unsupported(x, grad_out, rstd, mean)
+        if dispatch.kernel("norm_gradients", x, reason):
+            wide = (x.contiguous(), grad_out.contiguous(), rstd.contiguous())
+            mean = None if mean is None else mean.contiguous()
+            with on_device(x):
+                return norm_taps.norm_taps(*wide, offsets.to(x.device), mean, want_bias)
+    return cpu.norm_gradients(x, grad_out, rstd, offsets, mean, want_bias)
+
+
+@norm_gradients.register_fake
+def _(x, grad_out, rstd, offsets, mean=None, want_bias=False):  # type: ignore[no-untyped-def]
+    n, d, dtype = offsets.shape[0] - 1, x.shape[1], accumulation_dtype(x)
+    return x.new_empty(n, d, dtype=dtype), x.new_empty(n if want_bias else 0, d, dtype=dtype)
+
+
+def _blocks(
+    op: str,
+    left: Tensor,
+    right: Tensor,
+    ids: Tensor,
+    block_rows: int,
+    block_cols: int,
+    into: Tensor | None = None,
+) -> Tensor:
+    check_factors(left, right)
+    check_block(block_rows, block_cols)
+    check_blocks(ids, left.shape[1], right.shape[1], block_rows, block_cols)
+    check(ids.device == left.device, f"block numbers on {ids.device}, factors on {left.device}")
+    if dispatch.takes(left):
+        from fastgrad_kernels import sparse_wgrad as kernel
+
+        reason = kernel.unsupported(left, right, ids, block_rows, block_cols)
+        if dispatch.kernel(op, left, reason):
+            return kernel.sparse_wgrad(left, right, ids, block_rows, block_cols, into=into)
+    packed = cpu.sparse_wgrad(left, right, ids, block_rows, block_cols)
+    return packed if into is None else into.add_(packed)
 
 
 @torch.library.custom_op("fastgrad::sparse_wgrad", mutates_args=())
@@ -186,99 +303,173 @@ def sparse_wgrad(
     Raises:
         ValueError: for mismatched factors or block numbers out of range.
     """
-    _check_factors(left, right)
-    _check_block(block_rows, block_cols)
-    count = _n_blocks(left.shape[1], right.shape[1], block_rows, block_cols)
-    if ids.numel():
-        low, high = int(ids.min()), int(ids.max())
-        _check(low >= 0 and high < count, f"blocks {low}..{high} outside 0..{count - 1}")
-    return cpu.sparse_wgrad(left, right, ids, block_rows, block_cols)
+    return _blocks("sparse_wgrad", left, right, ids, block_rows, block_cols)
 
 
 @sparse_wgrad.register_fake
 def _(left, right, ids, block_rows, block_cols):  # type: ignore[no-untyped-def]
-    return left.new_empty(ids.shape[0], block_rows, block_cols, dtype=_wide(left))
+    return left.new_empty(ids.shape[0], block_rows, block_cols, dtype=accumulation_dtype(left))
 
 
-@torch.library.custom_op("fastgrad::block_stats", mutates_args=())
-def block_stats(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
-    """Per block: sum of squares, sum of absolute values, largest absolute value (all over the
-    finite entries) and the number of non-finite entries; ``[4, n_blocks]`` float32.
+@torch.library.custom_op("fastgrad::sparse_wgrad_add_", mutates_args=("packed",))
+def sparse_wgrad_add_(packed: Tensor, left: Tensor, right: Tensor, ids: Tensor) -> None:
+    """:func:`sparse_wgrad` that adds to ``packed`` in place.
 
     Args:
-        matrix: ``[rows, cols]`` of any float dtype.
-        block_rows, block_cols: size of a block.
+        packed: contiguous ``[n, block_rows, block_cols]``, float32 (float64 for float64 factors).
 
     Raises:
-        ValueError: if ``matrix`` is not a float matrix.
+        ValueError: as :func:`sparse_wgrad`, and for a ``packed`` that does not fit.
     """
-    _check(
-        matrix.ndim == 2 and matrix.dtype in _FLOATS,
-        f"block_stats needs a float matrix, got {matrix.ndim}-D {matrix.dtype}",
+    check(packed.ndim == 3, f"packed gradient of shape {tuple(packed.shape)} is not 3-D")
+    check_target(packed, (ids.numel(), *packed.shape[1:]), left)
+    _blocks("sparse_wgrad_add_", left, right, ids, packed.shape[1], packed.shape[2], into=packed)
+
+
+@sparse_wgrad_add_.register_fake
+def _(packed, left, right, ids):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.custom_op("fastgrad::grad_stats", mutates_args=())
+def grad_stats(
+    grads: Sequence[Tensor], block_rows: Sequence[int], block_cols: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Statistics of a whole list of gradients, per block and per tensor, in one launch.
+
+    Args:
+        grads: dense floats on one device, of any shapes: a tensor is seen as a matrix, leading
+            dimension by all others; 1-D is one row.
+        block_rows, block_cols: block size of each, as large as the matrix for one block in all.
+
+    Returns:
+        ``blocks [4, n_blocks of all]``, tensor after tensor, and ``tensors [4, n]``, float32
+        (float64 if any gradient is): sum of squares, sum of absolute values and largest absolute
+        value over the finite entries, and the number of non-finite entries.
+
+    Raises:
+        ValueError: naming the gradient that does not fit.
+    """
+    check_gradients(grads, block_rows, block_cols)
+    if grads and dispatch.takes(grads[0]):
+        from fastgrad_kernels import grad_stats as kernel
+
+        if dispatch.kernel("grad_stats", grads[0], kernel.unsupported(grads)):
+            grids = list(zip(block_rows, block_cols, strict=True))
+            with on_device(grads[0]):
+                found = kernel.grad_stats([g.contiguous() for g in grads], grids)
+            return found.blocks.clone(), found.tensors.clone()  # two views of one tensor
+    return cpu.grad_stats(grads, block_rows, block_cols)
+
+
+@grad_stats.register_fake
+def _(grads, block_rows, block_cols):  # type: ignore[no-untyped-def]
+    wide = any(g.dtype == torch.float64 for g in grads)
+    dtype = torch.float64 if wide else torch.float32
+    matrices = [matrix_view(g) for g in grads]
+    count = sum(
+        n_blocks(*m.shape, r, c)
+        for m, r, c in zip(matrices, block_rows, block_cols, strict=True)
+        if m.numel()
     )
-    _check_block(block_rows, block_cols)
-    return cpu.block_stats(matrix, block_rows, block_cols)
+    like = grads[0] if grads else torch.empty(0)
+    return like.new_empty(4, count, dtype=dtype), like.new_empty(4, len(grads), dtype=dtype)
 
 
-@block_stats.register_fake
-def _(matrix, block_rows, block_cols):  # type: ignore[no-untyped-def]
-    blocks = _n_blocks(matrix.shape[0], matrix.shape[1], block_rows, block_cols)
-    return matrix.new_empty(4, blocks, dtype=_wide(matrix))
-
-
-@torch.library.custom_op(
-    "fastgrad::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps")
-)
+@torch.library.custom_op("fastgrad::adamw_", mutates_args=(
+    "params", "exp_avgs", "exp_avg_sqs", "steps", "fulls"
+))  # fmt: skip
 def adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    fulls: Sequence[Tensor],
+    ids: Sequence[Tensor],
     lr: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    maximize: bool,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> None:
     """AdamW (arXiv 1711.05101) on a list of tensors, in place; ``steps`` are counted up first.
 
     Args:
-        params: float tensors of any precision up to that of the moments.
+        params: float tensors of any precision up to that of the moments; packed blocks are
+            ``[n, block_rows, block_cols]``.
         grads: same shapes.
         exp_avgs, exp_avg_sqs: moments, float32 (or float64 for float64 parameters).
-        steps: float32 scalars, one per tensor.
-        lr: scalar float tensor on the host.
+        steps: float32, one element per tensor, or one per block.
+        fulls, ids: empty, or per parameter the weight that new values are written through to
+            (a matrix for packed blocks, an empty tensor for none) and the int64 ``[n]`` block
+            numbers (an empty tensor for the whole weight).
+        lr: scalar float tensor, on the host for host parameters, else on their device.
+        grad_scale: gradients are divided by it. One element on the parameters' device.
+        found_inf: if not zero, nothing is changed and no step is counted; ditto.
+        seed: int64 element on that device: parameters in bfloat16 are rounded stochastically, the
+            same way for the same seed, steps and list of tensors.
 
     Raises:
-        ValueError: if the lists differ in length or a pair in shape.
+        ValueError: if the lists differ in length or a pair in shape or device; nothing is
+            changed then.
     """
-    lengths = {len(params), len(grads), len(exp_avgs), len(exp_avg_sqs), len(steps)}
-    _check(len(lengths) == 1, f"lists of different lengths: {sorted(lengths)}")
-    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        _check(
-            p.shape == g.shape == m.shape == v.shape,
-            f"shapes differ: parameter {tuple(p.shape)}, gradient {tuple(g.shape)}, moments "
-            f"{tuple(m.shape)} and {tuple(v.shape)}",
-        )
-    cpu.adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, maximize
-    )
+    check_update(params, grads, exp_avgs, exp_avg_sqs, steps, fulls, ids)
+    args = (params, grads, exp_avgs, exp_avg_sqs, steps, fulls, ids, lr)
+    hyper = (beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, seed)
+    if params and dispatch.takes(params[0]):
+        from fastgrad_kernels import adamw_lists
+
+        if dispatch.kernel("adamw_", params[0], adamw_lists.unsupported(*args[:7])):
+            adamw_lists.adamw_lists_(*args, *hyper)
+            return
+    cpu.adamw_(*args, *hyper)
 
 
 @adamw_.register_fake
-def _(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, maximize):  # type: ignore[no-untyped-def]
+def _(*args, **kwargs):  # type: ignore[no-untyped-def]
     return None
 
 
-@register_flop_formula(torch.ops.fastgrad.cross_influence)
-def _cross_influence_flops(left_shape, right_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+def block_stats(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    """:func:`grad_stats` of one matrix, ``[4, n_blocks]``.
+
+    Raises:
+        ValueError: if ``matrix`` is not a float matrix.
+    """
+    check(
+        matrix.ndim == 2 and matrix.dtype in FLOATS,
+        f"block_stats needs a float matrix, got {matrix.ndim}-D {matrix.dtype}",
+    )
+    check_block(block_rows, block_cols)
+    return grad_stats([matrix], [block_rows], [block_cols])[0]
+
+
+def _product_flops(left_shape, right_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
     """The weight-gradient product; the squared sums (3 per weight and example) are not counted,
     as no counter of PyTorch's counts elementwise work."""
     return 2 * left_shape[0] * left_shape[1] * right_shape[1]
 
 
+@register_flop_formula(torch.ops.fastgrad.cross_influence)
+def _cross_influence_flops(left_shape, right_shape, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return _product_flops(left_shape, right_shape)
+
+
+@register_flop_formula(torch.ops.fastgrad.cross_influence_add_)
+def _cross_influence_add_flops(grad_shape, left_shape, right_shape, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return _product_flops(left_shape, right_shape)
+
+
 @register_flop_formula(torch.ops.fastgrad.sparse_wgrad)
 def _sparse_wgrad_flops(left_shape, right_shape, ids_shape, block_rows, block_cols, **kwargs):  # type: ignore[no-untyped-def]
     return 2 * left_shape[0] * ids_shape[0] * block_rows * block_cols
+
+
+@register_flop_formula(torch.ops.fastgrad.sparse_wgrad_add_)
+def _sparse_wgrad_add_flops(packed_shape, left_shape, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return 2 * left_shape[0] * packed_shape[0] * packed_shape[1] * packed_shape[2]

@@ -441,7 +441,7 @@ class AdamStep:
     """The prepared step of a list of tensors: checked and tabulated once, called many times.
 
     A call whose gradients have not moved copies nothing to the device and can be captured in a
-    CUDA graph; keep this object as long as the graph.
+    CUDA graph; keep this object as long as the graph. It holds addresses, not tensors.
 
     Args:
         items: what to train; see :class:`Packed`. Their tensors must stay where they are.
@@ -466,7 +466,9 @@ class AdamStep:
             dtype = item.param.dtype if grad is None else grad.dtype
             if item.param.numel():
                 groups.setdefault((item.param.dtype, dtype, full), []).append(i)
-        self.items, self.config = list(items), config
+        self.config = config
+        self._shapes = [item.param.shape for item in items]
+        self._device = items[0].param.device if items else torch.device("cpu")
         self._tables = [
             (key, members, AdamTable([items[i] for i in members], config))
             for key, members in groups.items()
@@ -489,12 +491,13 @@ class AdamStep:
         """One step; see :func:`adamw_`."""
         if not self._tables:
             return
-        device, config = self.items[0].param.device, self.config
-        _refuse(len(grads) != len(self.items), f"{len(self.items)} tensors, {len(grads)} gradients")
+        device, config = self._device, self.config
+        count = len(self._shapes)
+        _refuse(len(grads) != count, f"{count} tensors, {len(grads)} gradients")
         for (_, dtype, _), members, _ in self._tables:
             for i in members:
                 g = grads[i]
-                shape = self.items[i].param.shape
+                shape = self._shapes[i]
                 fits = g is None or (g.dtype == dtype and g.shape == shape and g.device == device)
                 if g is not None and not (fits and g.is_contiguous()):
                     _refuse(True, f"tensor {i}: gradient {g.dtype} {tuple(g.shape)} {g.stride()} "

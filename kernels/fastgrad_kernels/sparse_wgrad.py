@@ -125,6 +125,34 @@ def token_splits(tiles: int, work: float, written: float, n_units: int, limit: i
     return min(range(1, max(1, min(limit, MAX_SPLITS)) + 1), key=seconds)
 
 
+def _too_large(tile: Tile, tiles: int, left: Tensor, right: Tensor, block_cols: int) -> str | None:
+    if (
+        tile.rows * block_cols + tile.cols >= 2**31
+        or tiles >= 2**31
+        or tile.depth * max(left.stride(0), right.stride(0)) + max(left.shape[1], right.shape[1])
+        >= 2**31
+    ):
+        return (
+            "one tile spans 2^31 elements or more, or there are as many tiles: offsets inside a "
+            "tile are 32 bits wide"
+        )
+    return None
+
+
+def unsupported(
+    left: Tensor, right: Tensor, ids: Tensor, block_rows: int, block_cols: int
+) -> str | None:
+    """Why the kernel cannot do this, in words, or None if it can."""
+    if left.dtype not in DTYPES.values():
+        return f"dtype {left.dtype}: the kernel accumulates in float32"
+    rows, cols = left.shape[1], right.shape[1]
+    tile = sparse_tile(
+        left.dtype, architecture(left.device), min(block_rows, rows), min(block_cols, cols)
+    )
+    tiles = ids.numel() * -(-block_rows // tile.rows) * -(-block_cols // tile.cols)
+    return _too_large(tile, tiles, left, right, block_cols)
+
+
 def _launch(
     left: Tensor,
     right: Tensor,
@@ -141,15 +169,8 @@ def _launch(
     arch = architecture(left.device)
     tile = tile or sparse_tile(left.dtype, arch, min(block_rows, rows), min(block_cols, cols))
     tiles = n * triton.cdiv(block_rows, tile.rows) * triton.cdiv(block_cols, tile.cols)
-    if (
-        tile.rows * block_cols + tile.cols >= 2**31
-        or tiles >= 2**31
-        or (tile.depth * max(left.stride(0), right.stride(0)) + max(rows, cols) >= 2**31)
-    ):
-        raise ValueError(
-            f"fastgrad_kernels: {n} blocks of {block_rows}x{block_cols}: one tile spans 2^31 "
-            "elements or more, and offsets inside a tile are 32 bits wide"
-        )
+    if (reason := _too_large(tile, tiles, left, right, block_cols)) is not None:
+        raise ValueError(f"fastgrad_kernels: {n} blocks of {block_rows}x{block_cols}: {reason}")
     if splits is None:
         chip, n_units = CHIPS[arch], units(left.device)
         rate = (chip.scalar if left.dtype == torch.float32 else chip.matrix) / chip.units
