@@ -113,8 +113,16 @@ def cross_influence(
 
 
 @cross_influence.register_fake
-def _(left, right, offsets, block_rows, block_cols, directions=None, want_grad=True,
-      grad_dtype=None):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    block_rows: int,
+    block_cols: int,
+    directions: Tensor | None = None,
+    want_grad: bool = True,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols, n = left.shape[1], right.shape[1], offsets.shape[0] - 1
     dtype = accumulation_dtype(left)
     grad = left.new_empty((rows, cols) if want_grad else (0,), dtype=grad_dtype or dtype)
@@ -368,7 +376,7 @@ def _(grads, block_rows, block_cols):  # type: ignore[no-untyped-def]
     dtype = torch.float64 if wide else torch.float32
     matrices = [matrix_view(g) for g in grads]
     count = sum(
-        n_blocks(*m.shape, r, c)
+        n_blocks(m.shape[0], m.shape[1], r, c)
         for m, r, c in zip(matrices, block_rows, block_cols, strict=True)
         if m.numel()
     )
