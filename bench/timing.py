@@ -8,12 +8,15 @@ what we quote, with the quartiles beside it.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,52 @@ class Timing:
     high: float
 
 
+def wall_clock(call: Callable[[], object]) -> float:
+    """Seconds of one call, from the host's point of view; a GPU is waited for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class DeviceClock:
+    """Seconds per call on the GPU's own clock: events around as many calls as fill ``at_least``
+    seconds, so that launches overlap with work as they do in training."""
+
+    def __init__(self, at_least: float = 5e-3, most: int = 200) -> None:
+        self.at_least, self.most = at_least, most
+        self._repeats: dict[int, int] = {}
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        repeats = self._repeats.get(id(call))
+        if repeats is None:
+            call()  # compile
+            once = self._time(call, 1)
+            repeats = max(1, min(self.most, int(self.at_least / max(once, 1e-6))))
+            self._repeats[id(call)] = repeats
+        return self._time(call, repeats)
+
+    @staticmethod
+    def _time(call: Callable[[], object], repeats: int) -> float:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        for _ in range(repeats):
+            call()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3 / repeats
+
+
 def interleaved(
     contenders: Mapping[str, Callable[[], object]],
     rounds: int,
     warmup: int = 2,
     progress: Callable[[], None] = lambda: None,
+    clock: Callable[[Callable[[], object]], float] = wall_clock,
 ) -> dict[str, Timing]:
     """Time all contenders round by round; ratios are to the first one, within each round."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
@@ -42,14 +86,9 @@ def interleaved(
         # alternate the order, so that no one always runs on a warm or a throttled core
         order = list(contenders) if r % 2 else list(reversed(contenders))
         for name in order:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            contenders[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            seconds = clock(contenders[name])
             if r >= warmup:
-                samples[name].append(time.perf_counter() - start)
+                samples[name].append(seconds)
         progress()
     base = samples[next(iter(contenders))]
     out = {}
@@ -84,9 +123,24 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
+    if importlib.util.find_spec("triton") is not None:
+        info["triton"] = version("triton")
     if torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
+        info["driver"] = _first_line(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        )
+    info["commit"] = _first_line(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"])
     return info
+
+
+def _first_line(command: list[str]) -> str:
+    """First line of a command's output; "unknown" if it cannot be run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip().splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
 
 
 def _processor() -> str:
