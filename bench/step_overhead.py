@@ -27,9 +27,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import environment, interleaved, keep_freed_memory
-
 import fastgrad as fg
+from timing import environment, interleaved, keep_freed_memory
 
 VOCAB = 4096
 
