@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -46,8 +46,18 @@ from fastgrad.probe_arguments import (
 from fastgrad.records import Batch, ParamRecord, Target, mismatch
 from fastgrad.stats import Coverage, GradientStats
 from fastgrad.taps import TapMode
+from fastgrad.transfer import Transfer
 from fastgrad_kernels import ops
 from fastgrad_kernels.layout import matrix_view, sum_of_squares
+
+
+class _Arrival(NamedTuple):
+    """A parameter's gradient in one backward pass."""
+
+    sq: Tensor  # [n_blocks] squared sums
+    entries: Tensor  # values at the records' common sample
+    narrow: bool  # it came in 16 bits
+    numel: int
 
 
 class Probe:
@@ -164,7 +174,7 @@ class Probe:
         self._samples: dict[str, Tensor] = {}
         self._running = False
         self._forwards = 0
-        self._pass: dict[str, tuple[Tensor, Tensor]] | None = None
+        self._pass: dict[str, _Arrival] | None = None
         self._skipped = 0
         self._columns: list[dict[str, Any]] = []
         self._passes: list[dict[str, Any]] = []
@@ -348,7 +358,8 @@ class Probe:
             record = self._record(target.name)
             checked = record is not None and target.self_check
             picked = entries[record.sample()] if record is not None and checked else sq[:0]
-            self._pass[target.name] = (sq, picked)
+            narrow = grad.dtype in (torch.bfloat16, torch.float16)
+            self._pass[target.name] = _Arrival(sq, picked, narrow, grid.numel)
 
         return hook
 
@@ -375,8 +386,13 @@ class Probe:
             for batch in batches:
                 batch.forget()
 
-    def _take(self, batches: Sequence[Batch], arrived: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        bad = [name for name, (sq, _) in arrived.items() if not bool(torch.isfinite(sq).all())]
+    def _take(self, batches: Sequence[Batch], arrived: Mapping[str, _Arrival]) -> None:
+        transfer = Transfer()
+        norms = {name: transfer(a.sq) for name, a in arrived.items()}
+        checks = self._prepare_checks(batches, arrived, transfer)
+        columns = [self._prepare_column(batch, transfer) for batch in batches]
+        transfer.run()
+        bad = [name for name, key in norms.items() if not np.isfinite(transfer[key]).all()]
         if bad:
             if self.on_nonfinite == "raise":
                 raise NonFiniteGradientError(
@@ -393,16 +409,38 @@ class Probe:
                     "it received a gradient that no tap saw: from a function without a tap, from "
                     "outside the probed model's forward pass, or in a second backward pass",
                 )
+        for name, (entries, sums, rounded) in checks.items():
+            norm = float(np.sqrt(transfer[norms[name]].sum()))
+            rms = norm / max(arrived[name].numel, 1) ** 0.5
+            error = mismatch(transfer[entries], [transfer[k] for k in sums], rms, rounded)
+            if error is not None:
+                self._refuse(
+                    name,
+                    "the self-check found that the taps' sum differs from autograd's gradient by "
+                    f"{error:.1%}: part of its uses is not covered",
+                )
         number = len(self._passes)
-        self._check(batches, arrived)
-        for batch in batches:
-            self._columns.append(self._column(batch, number))
-        self._passes.append({name: sq.double().cpu().numpy() for name, (sq, _) in arrived.items()})
+        for batch, keys in zip(batches, columns, strict=True):
+            self._columns.append(self._column(batch, number, keys, transfer))
+        self._passes.append({n: transfer[key].astype(np.float64) for n, key in norms.items()})
 
-    def _column(self, batch: Batch, number: int) -> dict[str, Any]:
-        sq: dict[str, np.ndarray] = {}
-        blocks: dict[str, np.ndarray] = {}
-        dots: dict[str, np.ndarray] = {}
+    def _prepare_checks(
+        self, batches: Sequence[Batch], arrived: Mapping[str, _Arrival], transfer: Transfer
+    ) -> dict[str, tuple[int, list[int], bool]]:
+        """What the self-check compares, per parameter: autograd's entries, the taps' sums and
+        whether 16 bits lie between them."""
+        found = {}
+        for name, arrival in arrived.items():
+            records = [b.arrived[name] for b in batches if name in b.arrived]
+            if records and records[0].target.self_check:
+                sums = [transfer(r.sampled) for r in records if r.sampled is not None]
+                rounded = arrival.narrow or any(r.rounded for r in records)
+                found[name] = (transfer(arrival.entries), sums, rounded)
+        return found
+
+    def _prepare_column(self, batch: Batch, transfer: Transfer) -> dict[str, tuple[int, ...]]:
+        """Keys of each parameter's squared sums, signed influences and, if kept, blocks."""
+        keys = {}
         for target in self._targets.values():
             name = target.name
             record = batch.arrived.get(name)
@@ -410,37 +448,26 @@ class Probe:
             if result is None:
                 continue
             values, products = result
-            sq[name] = values.sum(0, dtype=torch.float64).cpu().numpy()
-            dots[name] = products.double().cpu().numpy()
+            found = [transfer(values.sum(0, dtype=torch.float64)), transfer(products)]
             if name in self._detail and not target.grid.is_whole:
-                blocks[name] = values.float().cpu().numpy()
+                found.append(transfer(values.float()))
+            keys[name] = tuple(found)
+        return keys
+
+    def _column(
+        self, batch: Batch, number: int, keys: Mapping[str, tuple[int, ...]], transfer: Transfer
+    ) -> dict[str, Any]:
         mean, total = factors(batch, self.loss_reduction, self.loss_scale)
         return {
             "n": batch.n_examples,
             "pass": number,
-            "sq": sq,
-            "blocks": blocks,
-            "dots": dots,
+            "sq": {name: transfer[k[0]] for name, k in keys.items()},
+            "dots": {name: transfer[k[1]].astype(np.float64) for name, k in keys.items()},
+            "blocks": {name: transfer[k[2]] for name, k in keys.items() if len(k) > 2},
             "tokens": batch.label_tokens or [-1] * batch.n_examples,
             "mean": mean,
             "sum": total,
         }
-
-    def _check(
-        self, batches: Sequence[Batch], arrived: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> None:
-        """Compare what the taps summed up with what autograd accumulated."""
-        for name, (sq, entries) in arrived.items():
-            records = [b.arrived[name] for b in batches if name in b.arrived]
-            if not records or not records[0].target.self_check:
-                continue
-            error = mismatch(records, entries, float(sq.sum().sqrt()))
-            if error is not None:
-                self._refuse(
-                    name,
-                    "the self-check found that the taps' sum differs from autograd's gradient by "
-                    f"{error:.1%}: part of its uses is not covered",
-                )
 
     # -- result --------------------------------------------------------------------------
 

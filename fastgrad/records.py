@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,8 +58,8 @@ class ParamRecord:
         self.lookups: list[tuple[Tensor, Tensor, Rows]] = []
         self._expected_ids: list[Tensor] = []
         self._factored = 0
-        self._rounded = False  # autograd's gradient went through 16 bits (autocast)
-        self._sample_sum: Tensor | None = None
+        self.rounded = False  # autograd's gradient went through 16 bits (autocast)
+        self.sampled: Tensor | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -71,7 +72,7 @@ class ParamRecord:
         to this record: without this, the circle would keep every graph alive.
         """
         self.fired = self._factored = 0
-        self.sq = self.dots = self.dense = self._sample_sum = None
+        self.sq = self.dots = self.dense = self.sampled = None
         self.products, self.gathered, self.lookups = [], [], []
 
     def refuse(self, reason: str) -> None:
@@ -143,7 +144,7 @@ class ParamRecord:
 
     def _arrived(self, dtype: torch.dtype) -> None:
         self.fired += 1
-        self._rounded |= dtype in (torch.bfloat16, torch.float16)
+        self.rounded |= dtype in (torch.bfloat16, torch.float16)
         self.batch.arrived[self.target.name] = self
         self.batch.on_arrival(self.batch)
 
@@ -265,23 +266,22 @@ class ParamRecord:
         if not self.target.self_check:
             return
         part = entries(self.sample())
-        self._sample_sum = part if self._sample_sum is None else self._sample_sum + part
+        self.sampled = part if self.sampled is None else self.sampled + part
 
 
-def mismatch(records: Sequence[ParamRecord], entries: Tensor, norm: float) -> float | None:
+def mismatch(
+    entries: np.ndarray, sums: Sequence[np.ndarray], rms: float, rounded: bool
+) -> float | None:
     """Self-check of one parameter after a backward pass: relative difference between what the
     taps of all its batches summed up and autograd's gradient, if it is too large.
 
-    ``entries`` are the gradient's values at the records' common sample, ``norm`` its norm.
+    ``entries`` are the gradient's values at the records' common sample, ``rms`` its root mean
+    square, ``rounded`` says that either went through 16 bits.
     """
-    sums = [r._sample_sum for r in records if r._sample_sum is not None]
-    summed = sum(sums, torch.zeros_like(_wide(entries)))
-    narrow = entries.dtype in (torch.bfloat16, torch.float16) or any(r._rounded for r in records)
-    tolerance = 2e-2 if narrow else 1e-3
-    rms = norm / max(records[0].target.grid.numel, 1) ** 0.5
-    scale = max(float(_wide(entries).norm()), rms * len(entries) ** 0.5)
-    error = float((summed - _wide(entries)).norm())
-    return error / scale if scale > 0 and error > tolerance * scale else None
+    summed = np.sum(sums, axis=0) if sums else np.zeros_like(entries)
+    scale = max(float(np.linalg.norm(entries)), rms * len(entries) ** 0.5)
+    error = float(np.linalg.norm(summed - entries))
+    return error / scale if scale > 0 and error > (2e-2 if rounded else 1e-3) * scale else None
 
 
 def _split(matrix: Tensor, rows: Rows) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,7 +25,13 @@ class Rows(NamedTuple):
 
     @property
     def offsets(self) -> Tensor:
-        return torch.arange(self.n_examples + 1, dtype=torch.int64) * self.per_example
+        """int64 ``[n_examples + 1]`` on the CPU; the same tensor for the same numbers."""
+        return _uniform_offsets(self.n_examples, self.per_example)
+
+
+@lru_cache(maxsize=64)
+def _uniform_offsets(n_examples: int, per_example: int) -> Tensor:
+    return torch.arange(n_examples + 1, dtype=torch.int64) * per_example
 
 
 class LinearTap(torch.autograd.Function):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 RANKS: list[set[str]] = [
     {"fastgrad_kernels"},
     {"errors"},
-    {"files", "identity", "blocks"},
+    {"files", "identity", "blocks", "transfer"},
     {"ownership", "tap_functions", "probe_arguments"},
     {"taps", "records", "batches"},
     {"stats"},

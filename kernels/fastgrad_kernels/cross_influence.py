@@ -8,6 +8,7 @@ target directions are written, then it is added to the running gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from torch import Tensor
 from fastgrad_kernels import gram
 from fastgrad_kernels.compile_check import Shipped
 from fastgrad_kernels.configs import ARCHS, Tile, architecture, fused_tile, on_device, target, units
+from fastgrad_kernels.dispatch import moved
 from fastgrad_kernels.layout import block_sums
 
 # Directions handled by one launch, with a gradient and without: each is a tile of registers at
@@ -185,10 +187,17 @@ def _row_major(x: Tensor) -> Tensor:
 
 def _split_bounds(offsets: Tensor, tokens: int, splits: int) -> Tensor:
     """``[splits + 1]`` example numbers that share out the tokens evenly; no host round trip."""
+    if splits == 1:
+        return _ends(offsets.numel() - 1, offsets.device)
     goals = torch.arange(splits + 1, device=offsets.device) * tokens // splits
     bounds = torch.searchsorted(offsets, goals)
     bounds[-1] = offsets.numel() - 1  # trailing examples without tokens belong to the last
     return bounds
+
+
+@lru_cache(maxsize=64)
+def _ends(examples: int, device: torch.device) -> Tensor:
+    return torch.tensor([0, examples], device=device)
 
 
 def launch_fused(
@@ -330,7 +339,7 @@ def cross_influence(
     """``ops.cross_influence`` on a GPU: fused kernel, or Gram kernel beside a plain product."""
     if not isinstance(offsets, Tensor):
         offsets = torch.tensor(offsets, dtype=torch.int64)
-    offsets = offsets.to(left.device)
+    offsets = moved(offsets, left.device)
     rows, cols, n = left.shape[1], right.shape[1], offsets.numel() - 1
     whole = block_rows >= rows and block_cols >= cols
     arch = architecture(left.device)

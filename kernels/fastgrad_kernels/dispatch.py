@@ -12,6 +12,7 @@ import warnings
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -78,4 +79,16 @@ def once(tensor: Tensor, key: Any) -> bool:
     return True
 
 
-__all__ = ["FallbackWarning", "interpreted", "kernel", "once", "takes"]
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; the copy is kept with the tensor while that does not change, since
+    every layer of a model asks for the same boundaries."""
+    if tensor.device == device:
+        return tensor
+    kept = getattr(tensor, "_fastgrad_copy", None)
+    if kept is None or kept[0] != tensor._version or kept[1].device != device:
+        kept = (tensor._version, tensor.to(device))
+        tensor._fastgrad_copy = kept  # type: ignore[attr-defined]
+    return kept[1]
+
+
+__all__ = ["FallbackWarning", "interpreted", "kernel", "moved", "once", "takes"]

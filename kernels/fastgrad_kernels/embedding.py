@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrad_kernels.compile_check import Shipped
+from fastgrad_kernels.dispatch import moved
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def embedding_influence(
     dots = torch.zeros(n_dir, n, dtype=torch.float32, device=device)
     if ids.numel() == 0 or cols == 0:
         return sq, dots
-    offsets = offsets.to(device)
+    offsets = moved(offsets, device)
     example = torch.repeat_interleave(
         torch.arange(n, device=device), offsets.diff(), output_size=ids.numel()
     )

@@ -260,7 +260,9 @@ def norm_gradients(
             wide = (x.contiguous(), grad_out.contiguous(), rstd.contiguous())
             mean = None if mean is None else mean.contiguous()
             with on_device(x):
-                return norm_taps.norm_taps(*wide, offsets.to(x.device), mean, want_bias)
+                return norm_taps.norm_taps(
+                    *wide, dispatch.moved(offsets, x.device), mean, want_bias
+                )
     return cpu.norm_gradients(x, grad_out, rstd, offsets, mean, want_bias)
 
 
