@@ -373,6 +373,7 @@ def _shipped() -> tuple[Shipped, ...]:
     """The forms that the launcher makes for whole weights, rows, columns and directions."""
     forms = {
         "grad": (True, 0, WARP_ROWS, None),
+        "grad-rounded": (True, 0, WARP_ROWS, None),  # stored in the dtype of the factors
         "norms": (False, 0, WARP_ROWS, None),
         "grad+dirs": (True, MAX_DIRECTIONS[True], WARP_ROWS, None),
         "norms+dirs": (False, MAX_DIRECTIONS[False], WARP_ROWS, None),
@@ -383,10 +384,14 @@ def _shipped() -> tuple[Shipped, ...]:
     for arch in ARCHS:
         for short, dtype in gram.DTYPES.items():
             for form, (want_grad, n_dir, sub_r, sub_c) in forms.items():
+                rounded = form == "grad-rounded"
+                if rounded and short == "fp32":
+                    continue
                 tile = fused_tile(dtype, arch, want_grad, n_dir)
                 pointers = dict.fromkeys(("left", "right"), f"*{short}")
                 pointers |= dict.fromkeys(("offsets", "splits"), "*i64")
                 pointers |= dict.fromkeys(("directions", "grad", "sums", "dots"), "*fp32")
+                pointers["grad"] = f"*{short}" if rounded else "*fp32"
                 numbers = ("n_rows", "n_cols", "left_stride", "right_stride")
                 counts = ("n_examples", "sums_rows", "sums_cols")
                 constants = {
