@@ -32,7 +32,12 @@ EPS = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Interpreted programs cost half a millisecond each: small tiles need small matrices for an edge.
 SMALL = Tile(16, 16, 16, 1, 1, group=2)
-TILES = [SMALL, Tile(32, 16, 16, 4, 2, group=1), Tile(16, 32, 32, 4, 2, group=3)]
+TILES = [
+    SMALL,
+    Tile(32, 16, 16, 4, 2, group=1),
+    Tile(16, 32, 32, 4, 2, group=3),
+    Tile(16, 32, 16, 4, 2, group=2, total="memory"),
+]
 if DEVICE == "cuda":
     TILES.append(None)  # the default, too large to interpret
 

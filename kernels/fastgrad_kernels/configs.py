@@ -32,6 +32,9 @@ class Tile:
     warps: int
     stages: int
     group: int = 8  # tile rows that run together, so that the chip's cache serves both factors
+    # Where the fused kernel keeps the running gradient: in "registers", beside the example's
+    # part, or in "memory", added to at each example boundary, which leaves room for twice the tile.
+    total: str = "registers"
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def cross_influence_kernel(  # type: ignore[no-untyped-def]
     N_DIR: tl.constexpr,
     WANT_GRAD: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """With ``P_j = left[o_j:o_{j+1}]ᵀ right[o_j:o_{j+1}]`` for example j of this split:
@@ -74,6 +75,10 @@ def cross_influence_kernel(  # type: ignore[no-untyped-def]
     Examples and chunks of tokens form one flat loop, not two nested ones: the pipeline of loads
     then runs on across example boundaries instead of draining at each. An example without tokens
     takes one chunk, fully masked, so that its zeros are written like all others.
+
+    IN_MEMORY: the running gradient lives in ``grad`` (float32), not in registers. One program owns
+    each address and adds to it in program order, so the sum's order is fixed; the additions are
+    made by the cache and nothing waits for them.
     """
     pid, split = tl.program_id(0), tl.program_id(1)
     tiles_r, tiles_c = tl.cdiv(n_rows, BR), tl.cdiv(n_cols, BC)
@@ -83,6 +88,7 @@ def cross_influence_kernel(  # type: ignore[no-untyped-def]
     pc = pid % (GROUP * tiles_c) // height
 
     j = tl.load(splits + split)
+    j_first = j
     j_end = tl.load(splits + split + 1)
     chunks = 0
     for base in range(j, j_end, 128):
@@ -110,7 +116,10 @@ def cross_influence_kernel(  # type: ignore[no-untyped-def]
     sums_at = tl.arange(0, NR)[:, None] * sums_cols + tl.arange(0, NC)[None, :]
 
     part = tl.zeros((BR, BC), tl.float32)
-    total = tl.zeros((BR, BC), tl.float32)
+    if WANT_GRAD:
+        grad += split.to(tl.int64) * n_rows * n_cols + corner
+    if not IN_MEMORY:
+        total = tl.zeros((BR, BC), tl.float32)
     at = tl.load(offsets + j)
     end = tl.load(offsets + tl.minimum(j + 1, n_examples))
     for _ in range(chunks):
@@ -130,15 +139,22 @@ def cross_influence_kernel(  # type: ignore[no-untyped-def]
                 v = tl.load(at_d + inside, in_tile, 0.0).to(tl.float32)
                 dot = tl.sum(part * v)
                 tl.store(dots + (d * n_examples + j) * tiles_r * tiles_c + pid, dot)
-            if WANT_GRAD:
+            if WANT_GRAD and IN_MEMORY:
+                if ACCUMULATE or j > j_first:
+                    tl.atomic_add(grad + inside, part, in_tile, sem="relaxed")
+                else:
+                    tl.store(grad + inside, part, in_tile)
+            elif WANT_GRAD:
                 total += part
             part = tl.zeros((BR, BC), tl.float32)
         j = tl.where(last, j + 1, j)
         at = tl.where(last, end, at + BK)
         end = tl.load(offsets + tl.minimum(j + 1, n_examples))
 
-    if WANT_GRAD:
-        grad += split.to(tl.int64) * n_rows * n_cols + corner
+    if WANT_GRAD and IN_MEMORY:
+        if chunks == 0 and not ACCUMULATE:  # a split without examples has added nothing
+            tl.store(grad + inside, part, in_tile)
+    elif WANT_GRAD:
         if ACCUMULATE:
             total += tl.load(grad + inside, in_tile, 0.0)
         tl.store(grad + inside, total, in_tile)
@@ -263,7 +279,9 @@ def launch_fused(
     accumulate = into is not None and splits == 1
     # One split rounds as it stores; several are added in float32 first. The interpreter's own
     # cast to bfloat16 cuts off instead of rounding.
-    stored = grad_dtype if splits == 1 and not gram.interpreting() else torch.float32
+    in_memory = tile.total == "memory"
+    one_pass = splits == 1 and not in_memory and not gram.interpreting()
+    stored = grad_dtype if one_pass else torch.float32
     if not want_grad:
         partial = left.new_empty(0, dtype=stored)
     elif accumulate:
@@ -304,6 +322,7 @@ def launch_fused(
                 N_DIR=some,
                 WANT_GRAD=want_grad and first,
                 ACCUMULATE=accumulate,
+                IN_MEMORY=in_memory,
                 UPCAST=gram.interpreting(),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
@@ -404,6 +423,7 @@ def _shipped() -> tuple[Shipped, ...]:
                     "N_DIR": n_dir,
                     "WANT_GRAD": want_grad,
                     "ACCUMULATE": False,
+                    "IN_MEMORY": tile.total == "memory",
                     "UPCAST": False,
                 }
                 out.append(
