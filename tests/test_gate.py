@@ -60,6 +60,21 @@ def test_the_checks_pass_through_the_kernels():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_other_configurations_are_checked_and_compared():
+    pytest.importorskip("triton")
+    command = [sys.executable, str(BENCH / "tune.py"), "--device", "cpu", "--rounds", "2"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WRONG" not in done.stdout
+    assert done.stdout.count("(shipped)") == 4
+    assert "in memory" in done.stdout
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert "TRITON_INTERPRET=1" in refused.stderr
+
+
 @pytest.mark.parametrize("wrong", ["T", "gradient"])
 def test_a_wrong_operator_is_not_timed(monkeypatch, wrong):
     original = cpu.cross_influence
