@@ -1,8 +1,9 @@
-"""Put the committed results into the README: every figure there comes from a results file.
+"""Put the committed results into README and docs: every figure there comes from a results file.
 
 python bench/readme.py                          # rewrite the sections between the markers
 python bench/readme.py --take quickstart-out    # first take over a run of make quickstart
-python bench/readme.py --check                  # exit 1 if the README is out of date
+python bench/readme.py --compile                # first compile every kernel anew (two minutes)
+python bench/readme.py --check                  # exit 1 if a page is out of date
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import roofline
+from fastgrad_kernels.compile_check import Facts, check, markdown
+from timing import environment
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -65,15 +72,79 @@ def take(run: Path) -> None:
         shutil.copyfile(run / name, target / name)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "step-overhead": step_overhead}
+def registers() -> str:
+    """What the compiler made of the kernels, from the last --compile."""
+    data = json.loads((RESULTS / "compile.json").read_text())
+    facts = [Facts(**f) for f in data["facts"]]
+    return (
+        f"{data['environment']['date']}, triton {data['environment']['triton']}, "
+        f"`python bench/readme.py --compile`:\n\n{markdown(facts)}"
+    )
 
 
-def rendered(text: str) -> str:
-    """The README with every section made anew from its results file."""
-    for name, make in SECTIONS.items():
+def compile_all() -> None:
+    data = {"environment": environment(), "facts": [asdict(f) for f in check()]}
+    for f in data["facts"]:
+        f["seconds"] = 0.0  # of no interest, and never the same twice
+    (RESULTS / "compile.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def roofline_floors() -> str:
+    return roofline.table()
+
+
+def roofline_predictions() -> str:
+    return roofline.predictions()
+
+
+def gpu_gate() -> str:
+    """The gate's table, or that there is none: no figure without a measurement."""
+    path = RESULTS / "gpu_gate.json"
+    if not path.exists():
+        return (
+            "**No card has run or timed these kernels yet.** `python bench/gpu_gate.py` on a "
+            "machine with a GPU checks them and writes the table that belongs here."
+        )
+    data = json.loads(path.read_text())
+    env = data["environment"]
+    right = sum(c["ok"] for c in data["checks"])
+    lines = [
+        f"{env.get('gpu', env['device'])}, driver {env.get('driver', 'unknown')}, torch "
+        f"{env['torch']}, triton {env.get('triton', 'none')}, {env['date']}, commit "
+        f"`{env['commit'][:10]}`; {right} of {len(data['checks'])} checks passed; median of "
+        f"{env['rounds']} interleaved rounds, quartiles in brackets; `python bench/gpu_gate.py`.",
+        "",
+        "| measured | against | ratio | aim | ours, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for r in data["rows"]:
+        aim = "–"
+        if r["aim"] is not None:
+            sign, met = ("≥" if r["at_least"] else "≤"), ("met" if r["met"] else "**missed**")
+            aim = f"{sign} {r['aim']:g}, {met}"
+        spread = f"{r['ratio']:.3f} ({r['low']:.3f}–{r['high']:.3f})"
+        cells = (r["measured"], r["against"], spread, aim, f"{r['ours'] * 1e3:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"quickstart": quickstart, "step-overhead": step_overhead},
+    "docs/kernels.md": {
+        "gpu-gate": gpu_gate,
+        "roofline": roofline_floors,
+        "predictions": roofline_predictions,
+        "registers": registers,
+    },
+}
+
+
+def rendered(page: str, text: str) -> str:
+    """A page with every section made anew from its results file."""
+    for name, make in PAGES[page].items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if begin not in text or end not in text:
-            raise SystemExit(f"README.md lacks the markers of section {name}")
+            raise SystemExit(f"{page} lacks the markers of section {name}")
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
         body = f"{begin}\n{make()}\n{end}"
         text = pattern.sub(lambda _, body=body: body, text)
@@ -83,16 +154,21 @@ def rendered(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile every kernel first")
     parser.add_argument("--take", type=Path, metavar="DIR", help="a quickstart's output folder")
     args = parser.parse_args()
     if args.take:
         take(args.take)
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = rendered(text)
-    if args.check:
-        sys.exit(0 if new == text else "README.md is out of date: run python bench/readme.py")
-    path.write_text(new)
+    if args.compile:
+        compile_all()
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        new = rendered(page, text)
+        if args.check and new != text:
+            sys.exit(f"{page} is out of date: run python bench/readme.py")
+        if not args.check:
+            path.write_text(new)
 
 
 if __name__ == "__main__":

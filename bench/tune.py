@@ -23,7 +23,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fastgrad_kernels import dispatch
-from fastgrad_kernels.configs import Tile, architecture, fused_tile, gram_tile, sparse_tile
+from fastgrad_kernels.configs import (
+    FUSED_IN_MEMORY,
+    Tile,
+    architecture,
+    fused_tile,
+    gram_tile,
+    sparse_tile,
+)
 from fastgrad_kernels.layout import gather_blocks
 from gate_checks import distance
 from gate_rows import llama_shapes, offsets_of, release, timed
@@ -91,7 +98,7 @@ def influence(device: torch.device, rounds: int) -> Iterator[Trial]:
     tiles += [replace(shipped, stages=s) for s in (2, 3, 5)]
     tiles += [replace(shipped, group=g) for g in (4, 16)]
     tiles += [replace(shipped, depth=shipped.depth // 2, stages=s) for s in (4, 6)]
-    tiles += [Tile(128, 256, 32, 8, 4, g, "memory") for g in (4, 8, 16)]
+    tiles += [replace(FUSED_IN_MEMORY, group=g) for g in (8, 4, 16)]
     tiles += [Tile(256, 128, 32, 8, 4, 8, "memory"), Tile(128, 256, 32, 8, 3, 8, "memory")]
     tiles += [Tile(64, 256, 64, 8, 3), Tile(256, 64, 64, 8, 3)]
     if not big:

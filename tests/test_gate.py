@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import gate_checks
 import gate_rows
 import gpu_gate
-from fastgrad_kernels import cpu
+import roofline
+from fastgrad_kernels import cpu, ops
 from timing import Timing, interleaved
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -89,6 +91,24 @@ def test_a_wrong_operator_is_not_timed(monkeypatch, wrong):
     with pytest.raises(SystemExit) as stopped:
         gpu_gate.main()
     assert "nothing is timed" in str(stopped.value)
+
+
+def test_floors_count_what_the_operators_count():
+    """The roofline's FLOP are those of the operators' formulas; its tiles' intensity as the page
+    says."""
+    left, right = torch.randn(24, 128), torch.randn(24, 256)
+    with FlopCounterMode(display=False) as counter:
+        ops.cross_influence(left, right, torch.tensor([0, 12, 24]), 128, 256)
+    work = roofline.fused(128, 256, 2, 12, (128, 128))
+    assert work.matrix == counter.get_total_flops()
+    assert work.matrix / work.cache == 64
+    assert roofline.fused(256, 256, 2, 12, (128, 256)).matrix / roofline.fused(
+        256, 256, 2, 12, (128, 256)
+    ).cache == pytest.approx(85.3, abs=0.1)
+    # three block pairs per example of 128 tokens, of 64x64 tokens over all features
+    assert roofline.gram(128, 256, 5, 128).matrix == 5 * 3 * 2 * 64 * 64 * (128 + 256)
+    seconds, bound = roofline.statistics(4.8e12).floor(roofline.H200)
+    assert (round(seconds, 3), bound) == (2.0, "memory")
 
 
 def test_nan_never_passes():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,7 @@ from fastgrad_kernels.compile_check import SHARED_LIMIT, TARGETS, Facts
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).parent.parent
 # The other modules are checked beside their own tests, and all in the slow test below.
 PRODUCTS = ("cross_influence", "gram", "sparse_wgrad")
 # fp16 differs from bf16 in the name of the matrix instruction alone, and float32 uses none: the
@@ -68,6 +73,11 @@ def test_every_form_on_every_target():
     check_all(facts)
     assert {f.target for f in facts} == set(TARGETS)
     assert len({(f.name, f.target) for f in facts}) == len(facts)
+    committed = json.loads((ROOT / "bench" / "results" / "compile.json").read_text())
+    if committed["environment"]["triton"] == version("triton"):
+        # what docs/kernels.md shows is what the compiler makes of today's kernels
+        fresh = [{**asdict(f), "seconds": 0.0} for f in facts]
+        assert fresh == committed["facts"], "run python bench/readme.py --compile"
 
 
 def test_a_kernel_that_does_not_compile_is_reported():

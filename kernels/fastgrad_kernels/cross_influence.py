@@ -17,7 +17,16 @@ from torch import Tensor
 
 from fastgrad_kernels import gram
 from fastgrad_kernels.compile_check import Shipped
-from fastgrad_kernels.configs import ARCHS, Tile, architecture, fused_tile, on_device, target, units
+from fastgrad_kernels.configs import (
+    ARCHS,
+    FUSED_IN_MEMORY,
+    Tile,
+    architecture,
+    fused_tile,
+    on_device,
+    target,
+    units,
+)
 from fastgrad_kernels.dispatch import moved
 from fastgrad_kernels.layout import block_sums
 
@@ -388,11 +397,15 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype | None) -> Tensor:
     return (left.T.float() @ right.float()).to(dtype)
 
 
+MEMORY_FORM = ("sm_90", "bf16")
+
+
 def _shipped() -> tuple[Shipped, ...]:
     """The forms that the launcher makes for whole weights, rows, columns and directions."""
     forms = {
         "grad": (True, 0, WARP_ROWS, None),
         "grad-rounded": (True, 0, WARP_ROWS, None),  # stored in the dtype of the factors
+        "grad-in-memory": (True, 0, WARP_ROWS, None),
         "norms": (False, 0, WARP_ROWS, None),
         "grad+dirs": (True, MAX_DIRECTIONS[True], WARP_ROWS, None),
         "norms+dirs": (False, MAX_DIRECTIONS[False], WARP_ROWS, None),
@@ -404,9 +417,11 @@ def _shipped() -> tuple[Shipped, ...]:
         for short, dtype in gram.DTYPES.items():
             for form, (want_grad, n_dir, sub_r, sub_c) in forms.items():
                 rounded = form == "grad-rounded"
-                if rounded and short == "fp32":
+                in_memory = form == "grad-in-memory"
+                if (rounded and short == "fp32") or (in_memory and (arch, short) != MEMORY_FORM):
                     continue
                 tile = fused_tile(dtype, arch, want_grad, n_dir)
+                tile = FUSED_IN_MEMORY if in_memory else tile
                 pointers = dict.fromkeys(("left", "right"), f"*{short}")
                 pointers |= dict.fromkeys(("offsets", "splits"), "*i64")
                 pointers |= dict.fromkeys(("directions", "grad", "sums", "dots"), "*fp32")
