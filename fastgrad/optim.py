@@ -174,12 +174,12 @@ class SparseAdamW(Optimizer):
                 )
         if not named:
             return
-        norms = torch._foreach_norm([g for _, g in named])
-        if not bool(torch.isfinite(torch.stack([n.float().cpu() for n in norms])).all()):
-            # A norm can overflow where every entry is finite: only the entries decide.
-            bad = [name for name, grad in named if not bool(torch.isfinite(grad).all())]
-            if bad:
-                raise NonFiniteGradientError(bad, "No parameter and no state was changed.")
+        by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+        for name, grad in named:
+            by_device.setdefault(grad.device, []).append((name, grad))
+        bad = [name for group in by_device.values() for name in _nonfinite(group)]
+        if bad:
+            raise NonFiniteGradientError(bad, "No parameter and no state was changed.")
 
     def _names(self, group: int) -> list[str]:
         known = self.param_groups[group].get("param_names")
@@ -241,6 +241,20 @@ class SparseAdamW(Optimizer):
             for t in s.values()
             if isinstance(t, Tensor)
         )
+
+
+def _nonfinite(named: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """Names of gradients of one device that hold NaN or infinity; a GPU is waited for once."""
+    grads = [g for _, g in named]
+    if grads[0].is_cuda:
+        whole = [1] * len(grads), [max(g.numel(), 1) for g in grads]
+        counts = ops.grad_stats([g.reshape(-1) for g in grads], *whole)[1][3].tolist()
+        return [name for (name, _), count in zip(named, counts, strict=True) if count]
+    norms = torch._foreach_norm(grads)
+    if bool(torch.isfinite(torch.stack([n.float() for n in norms])).all()):
+        return []
+    # A norm can overflow where every entry is finite: only the entries decide.
+    return [name for name, grad in named if not bool(torch.isfinite(grad).all())]
 
 
 @lru_cache(maxsize=256)

@@ -349,7 +349,7 @@ class Probe:
                     "pass (reentrant activation checkpointing of a shared weight)",
                 )
             matrix = matrix_view(grad.detach())
-            if grid.is_whole:
+            if grid.is_whole and not grad.is_cuda:
                 sq = sum_of_squares(matrix).view(1)
             else:
                 stats = ops.block_stats(matrix, grid.block_rows, grid.block_cols)

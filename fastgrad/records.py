@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
 from weakref import WeakValueDictionary
 
@@ -21,6 +22,7 @@ from fastgrad.blocks import BlockGrid
 from fastgrad.tap_functions import Rows
 from fastgrad_kernels import ops
 from fastgrad_kernels.cpu import gram_products
+from fastgrad_kernels.dispatch import upload
 from fastgrad_kernels.layout import block_sums
 
 CANCELLED = 1e-3  # below this share of the uses' own energy, cross terms have lost digits
@@ -252,14 +254,13 @@ class ParamRecord:
         samples, name = self.batch.samples, self.target.name
         if name not in samples:
             grid, device = self.target.grid, self.parameter.device
-            generator = torch.Generator().manual_seed(grid.numel)
-            count = min(SAMPLE, max(grid.numel, 1))
-            index = torch.randint(max(grid.numel, 1), (count,), generator=generator)
+            index = _random_entries(grid.numel, device, min(SAMPLE, max(grid.numel, 1)))
             if self._expected_ids:
-                ids = torch.cat([i.reshape(-1) for i in self._expected_ids]).cpu()
-                rows = ids[torch.randint(ids.numel(), (count // 2,), generator=generator)]
-                index[: count // 2] = rows * grid.cols + index[: count // 2] % grid.cols
-            samples[name] = index.to(device)
+                ids = torch.cat([i.reshape(-1) for i in self._expected_ids])
+                half = len(index) // 2
+                rows = ids[_random_entries(ids.numel(), device, half)].long()
+                index = torch.cat([rows * grid.cols + index[:half] % grid.cols, index[half:]])
+            samples[name] = index
         return samples[name]
 
     def _check_in(self, entries: Callable[[Tensor], Tensor]) -> None:
@@ -267,6 +268,14 @@ class ParamRecord:
             return
         part = entries(self.sample())
         self.sampled = part if self.sampled is None else self.sampled + part
+
+
+@lru_cache(maxsize=4096)
+def _random_entries(numel: int, device: torch.device, count: int) -> Tensor:
+    """``count`` numbers below ``numel``, the same each time."""
+    generator = torch.Generator().manual_seed(numel)
+    index = torch.randint(max(numel, 1), (count,), generator=generator, device="cpu")
+    return upload(index, device)
 
 
 def mismatch(

@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _uniform_offsets(n_examples: int, per_example: int) -> Tensor:
-    return torch.arange(n_examples + 1, dtype=torch.int64) * per_example
+    return torch.arange(n_examples + 1, dtype=torch.int64, device="cpu") * per_example
 
 
 class LinearTap(torch.autograd.Function):

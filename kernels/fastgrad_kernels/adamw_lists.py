@@ -17,6 +17,9 @@ from fastgrad_kernels.sparse_adam import _TYPES, AdamStep, Packed
 
 _KEPT = 16
 _steps: OrderedDict[object, AdamStep] = OrderedDict()
+# Steps that a CUDA graph holds: their tables are read at each replay, so they are neither refilled
+# nor freed again.
+_captured: list[AdamStep] = []
 
 
 def unsupported(
@@ -99,6 +102,13 @@ def adamw_lists_(
     lists = (params, exp_avgs, exp_avg_sqs, steps, fulls, ids)
     key = (device, *map(_key, lists), tuple(g.dtype for g in grads))
     step = _steps.pop(key, None)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing and (step is None or not step.knows(grads)):
+        raise RuntimeError(
+            "fastgrad_kernels: this step cannot be captured in a CUDA graph yet: its tables are "
+            "not on the device. Remedy: before the capture run one step with the same parameters "
+            "and gradients, and keep the gradients (zero_grad(set_to_none=False))"
+        )
     if step is None:
         items = []
         for i, (p, m, v, s) in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, strict=True)):
@@ -109,7 +119,10 @@ def adamw_lists_(
                 full = None if full is None else full.view(p.shape[0], -1)
             items.append(Packed(p, m, v, s, full, blocks))
         step = AdamStep(items, grads)
-    _steps[key] = step  # the youngest last
+    if capturing:
+        _captured.append(step)
+    else:
+        _steps[key] = step  # the youngest last
     if len(_steps) > _KEPT:
         _steps.popitem(last=False)
     with on_device(params[0]):

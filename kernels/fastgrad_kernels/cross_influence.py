@@ -27,7 +27,7 @@ from fastgrad_kernels.configs import (
     target,
     units,
 )
-from fastgrad_kernels.dispatch import moved
+from fastgrad_kernels.dispatch import moved, upload
 from fastgrad_kernels.layout import block_sums
 
 # Directions handled by one launch, with a gradient and without: each is a tile of registers at
@@ -222,7 +222,7 @@ def _split_bounds(offsets: Tensor, tokens: int, splits: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _ends(examples: int, device: torch.device) -> Tensor:
-    return torch.tensor([0, examples], device=device)
+    return upload(torch.tensor([0, examples]), device)
 
 
 def launch_fused(

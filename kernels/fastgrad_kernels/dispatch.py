@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -79,6 +80,19 @@ def once(tensor: Tensor, key: Any) -> bool:
     return True
 
 
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of a host tensor on ``device`` that the host does not wait for: an ordinary copy to a
+    GPU waits until all work before it is done."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def refill(target: Tensor, values: Sequence[int]) -> None:
+    """Overwrite an int64 table in place, in the order of the device's work."""
+    target.copy_(upload(torch.tensor(values, dtype=torch.int64), target.device).view_as(target))
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``; the copy is kept with the tensor while that does not change, since
     every layer of a model asks for the same boundaries."""
@@ -86,9 +100,9 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor
     kept = getattr(tensor, "_fastgrad_copy", None)
     if kept is None or kept[0] != tensor._version or kept[1].device != device:
-        kept = (tensor._version, tensor.to(device))
+        kept = (tensor._version, upload(tensor, device))
         tensor._fastgrad_copy = kept  # type: ignore[attr-defined]
     return kept[1]
 
 
-__all__ = ["FallbackWarning", "interpreted", "kernel", "moved", "once", "takes"]
+__all__ = ["FallbackWarning", "interpreted", "kernel", "moved", "once", "refill", "takes", "upload"]

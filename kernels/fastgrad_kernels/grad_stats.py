@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrad_kernels.compile_check import TARGETS, Shipped
+from fastgrad_kernels.dispatch import refill
 
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 UNIT = tl.constexpr(16)  # elements side by side in a tile: any block width that 16 divides fits
@@ -334,7 +335,7 @@ class TensorTable:
                 _refuse(True, f"tensor {i} of shape {shape} is not contiguous: {t.stride()}")
             flat += (t.data_ptr() if t.numel() else 0, CODES[t.dtype])
         if flat != self._known:
-            self.tensors.copy_(torch.tensor(flat, dtype=torch.int64).view(-1, 2))
+            refill(self.tensors, flat)
             self._known = flat
 
 
@@ -374,7 +375,7 @@ def launch(table: TensorTable) -> ListStats:
 
 
 _CACHE: OrderedDict[object, TensorTable] = OrderedDict()
-_CACHE_SIZE = 16
+_CACHE_SIZE = 256  # one entry per shape where gradients come one by one
 
 
 def unsupported(grads: Sequence[Tensor]) -> str | None:

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrad_kernels.compile_check import TARGETS, Shipped
+from fastgrad_kernels.dispatch import refill
 
 UNIT = tl.constexpr(16)  # elements side by side in a tile: any block width that 16 divides fits
 FIELDS = 11  # int64 per tensor in the table, see adamw_kernel
@@ -424,11 +425,15 @@ class AdamTable:
         self.grads = torch.zeros(len(items), dtype=torch.int64, device=device)
         self._known: list[int] = []
 
+    def knows(self, grads: Sequence[Tensor | None]) -> bool:
+        """The gradients are where they were."""
+        return [0 if g is None else g.data_ptr() for g in grads] == self._known
+
     def refresh(self, grads: Sequence[Tensor | None]) -> None:
         """Take the gradients' present addresses; no copy if they did not move."""
         now = [0 if g is None else g.data_ptr() for g in grads]
         if now != self._known:
-            self.grads.copy_(torch.tensor(now, dtype=torch.int64))
+            refill(self.grads, now)
             self._known = now
 
 
@@ -474,6 +479,10 @@ class AdamStep:
             for key, members in groups.items()
         ]
         self._hyper: dict[object, Tensor] = {}
+
+    def knows(self, grads: Sequence[Tensor | None]) -> bool:
+        """A call with these gradients copies no address to the device."""
+        return all(table.knows([grads[i] for i in m]) for _, m, table in self._tables)
 
     def __call__(
         self,
