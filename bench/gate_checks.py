@@ -113,6 +113,20 @@ def sparse_gradient(device: torch.device) -> Iterator[Check]:
             yield Check(f"{name}: added", distance(total, want + 1), max(2 * library, 1e-6))
 
 
+def experts(device: torch.device) -> Iterator[Check]:
+    lengths = [100, 0, 37, 260]
+    for dtype in DTYPES:
+        left = poisoned(sum(lengths), 130, dtype, device)
+        right = poisoned(sum(lengths), 72, dtype, device)
+        ids = torch.tensor([3, 1, 0], device=device)
+        parts = list(zip(left.split(lengths), right.split(lengths), strict=True))
+        want = torch.stack([a.double().T @ b.double() for a, b in (parts[i] for i in (3, 1, 0))])
+        library = torch.stack([a.float().T @ b.float() for a, b in (parts[i] for i in (3, 1, 0))])
+        got = ops.expert_wgrad(left, right, offsets_of(lengths), ids)
+        bound = max(2 * distance(library, want), 1e-6)
+        yield Check(f"expert_wgrad {dtype}", distance(got, want), bound)
+
+
 def taps(device: torch.device) -> Iterator[Check]:
     lengths = [70, 0, 5, 120]
     tokens, offsets = sum(lengths), offsets_of(lengths)
@@ -303,7 +317,7 @@ def graph(device: torch.device) -> Iterator[Check]:
     yield Check("CUDA graph: replayed steps", worst, 0.0)
 
 
-ALL = (influence, sparse_gradient, taps, statistics, optimizer, training, opchecks, graph)
+ALL = (influence, sparse_gradient, experts, taps, statistics, optimizer, training, opchecks, graph)
 
 
 def run(device: torch.device) -> Iterator[Check]:

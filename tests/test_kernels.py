@@ -329,6 +329,30 @@ def test_the_gradient_comes_in_the_dtype_asked_for():
     assert torch.equal(narrow, wide.bfloat16())
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.lists(st.integers(0, 50), min_size=1, max_size=6),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.integers(0, 999),
+)
+def test_expert_wgrad(rows, cols, lengths, dtype, seed):
+    torch.manual_seed(seed)
+    tokens = sum(lengths)
+    left, right = torch.randn(tokens, rows).to(dtype), torch.randn(tokens, cols).to(dtype)
+    offsets, n = offsets_of(lengths), int(torch.randint(len(lengths) + 1, ()))
+    ids = torch.randperm(len(lengths))[:n]
+    got = ops.expert_wgrad(left, right, offsets, ids)
+    want = reference.expert_wgrad(left, right, offsets, ids)
+    assert got.shape == (n, rows, cols)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    if n == len(lengths):  # all experts together are the dense gradient of the stack
+        torch.testing.assert_close(
+            got.double().sum(0), left.double().T @ right.double(), rtol=1e-5, atol=1e-4
+        )
+
+
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("lengths", [[3, 3], [5, 0, 1]])
 def test_norm_gradients(mean, lengths):
@@ -418,6 +442,15 @@ def test_grad_stats_of_a_list():
             ),
         ),
         (
+            ops.expert_wgrad,
+            lambda: (
+                torch.randn(12, 5),
+                torch.randn(12, 6),
+                offsets_of([5, 0, 7]),
+                torch.tensor([2, 0]),
+            ),
+        ),
+        (
             ops.sparse_wgrad_add_,
             lambda: (
                 torch.randn(2, 2, 4),
@@ -477,6 +510,7 @@ def test_grad_stats_of_a_list():
         "wgrad",
         "stats",
         "cross-add",
+        "experts",
         "wgrad-add",
         "norm",
         "adamw-blocks",
@@ -563,6 +597,12 @@ def test_operators_compile():
             "one-dimensional int64",
         ),
         (
+            lambda: ops.expert_wgrad(
+                torch.ones(3, 2), torch.ones(3, 2), offsets_of([1, 2]), torch.tensor([2])
+            ),
+            "blocks 2..2 outside 0..1",
+        ),
+        (
             lambda: ops.norm_gradients(
                 torch.ones(3, 2), torch.ones(3, 2), torch.ones(2), offsets_of([3])
             ),
@@ -626,7 +666,8 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         ops.cross_influence(left, right, offsets_of([5, 7]), 5, 6)
         ops.sparse_wgrad(left, right, torch.tensor([0, 3]), 2, 4)
-    assert counter.get_total_flops() == 2 * 12 * 5 * 6 + 2 * 12 * 2 * 8
+        ops.expert_wgrad(left, right, offsets_of([2, 2, 8]), torch.tensor([1]))
+    assert counter.get_total_flops() == 2 * 12 * 5 * 6 + 2 * 12 * 2 * 8 + 2 * 12 * 5 * 6 // 3
 
 
 @pytest.mark.parametrize("n", [0, 1, 4096, 4097, 1 << 21])

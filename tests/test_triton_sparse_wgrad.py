@@ -124,6 +124,25 @@ def test_splits_over_tokens(tokens, splits, nan_buffers):
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_experts(splits, dtype, nan_buffers):
+    """Loads from nothing to many chunks; a NaN in one expert's tokens stays with that expert."""
+    torch.manual_seed(0)
+    lengths = [40, 0, 1, 17, 16]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    left = torch.randn(sum(lengths), 21).to(dtype)
+    right = torch.randn(sum(lengths), 35).to(dtype)
+    left[41] = torch.nan  # expert 3 (and none before it)
+    ids = torch.tensor([4, 1, 0, 2])
+    args = [t.to(DEVICE) for t in (left, right, offsets, ids)]
+    got = sparse.expert_wgrad(*args, tile=SMALL, splits=splits)
+    want = reference.expert_wgrad(left, right, offsets, ids)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got, sparse.expert_wgrad(*args, tile=SMALL, splits=splits))
+
+
+@runs_kernels
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 40),

@@ -293,6 +293,17 @@ def sparse_wgrad(
     return packed
 
 
+def expert_wgrad(left: Tensor, right: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """See :func:`fastgrad_kernels.ops.expert_wgrad`."""
+    dtype = accumulation_dtype(left)
+    left, right, bounds = left.to(dtype), right.to(dtype), offsets.tolist()
+    packed = left.new_empty(ids.numel(), left.shape[1], right.shape[1])
+    for i, expert in enumerate(ids.tolist()):
+        tokens = slice(bounds[expert], bounds[expert + 1])
+        torch.mm(left[tokens].T, right[tokens], out=packed[i])
+    return packed
+
+
 def _stripe(left: Tensor, right: Tensor, blocks: Tensor, width: int, packed: Tensor) -> Tensor:
     """One product of a stripe of rows with the columns of several blocks side by side."""
     cols = right.shape[1]
@@ -453,6 +464,7 @@ __all__ = [
     "block_stats",
     "cross_influence",
     "embedding_influence",
+    "expert_wgrad",
     "grad_stats",
     "gram_norms",
     "gram_products",

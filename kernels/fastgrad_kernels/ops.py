@@ -341,6 +341,42 @@ def _(packed, left, right, ids):  # type: ignore[no-untyped-def]
     return None
 
 
+@torch.library.custom_op("fastgrad::expert_wgrad", mutates_args=())
+def expert_wgrad(left: Tensor, right: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """Weight gradient of the selected experts of a mixture-of-experts weight only.
+
+    Args:
+        left, right: ``[tokens, rows]`` and ``[tokens, cols]``, tokens sorted by expert.
+        offsets: int64 ``[n_experts + 1]``: expert e has the tokens ``offsets[e]:offsets[e + 1]``.
+        ids: int64 ``[n]``, the selected experts, each once.
+
+    Returns:
+        ``[n, rows, cols]``, float32 (float64 for float64 inputs); zeros for an expert without
+        tokens.
+
+    Raises:
+        ValueError: for mismatched factors, offsets that do not cover the tokens, or experts out of
+            range.
+    """
+    check_factors(left, right)
+    check_offsets(offsets, left.shape[0])
+    check_blocks(ids, offsets.numel() - 1, 1, 1, 1)
+    check(ids.device == left.device, f"expert numbers on {ids.device}, factors on {left.device}")
+    if dispatch.takes(left):
+        from fastgrad_kernels import sparse_wgrad as kernel
+
+        reason = kernel.unsupported(left, right, ids, left.shape[1], right.shape[1])
+        if dispatch.kernel("expert_wgrad", left, reason):
+            return kernel.expert_wgrad(left, right, dispatch.moved(offsets, left.device), ids)
+    return cpu.expert_wgrad(left, right, offsets, ids)
+
+
+@expert_wgrad.register_fake
+def _(left, right, offsets, ids):  # type: ignore[no-untyped-def]
+    shape = (ids.shape[0], left.shape[1], right.shape[1])
+    return left.new_empty(shape, dtype=accumulation_dtype(left))
+
+
 @torch.library.custom_op("fastgrad::grad_stats", mutates_args=())
 def grad_stats(
     grads: Sequence[Tensor], block_rows: Sequence[int], block_cols: Sequence[int]
@@ -483,3 +519,10 @@ def _sparse_wgrad_flops(left_shape, right_shape, ids_shape, block_rows, block_co
 @register_flop_formula(torch.ops.fastgrad.sparse_wgrad_add_)
 def _sparse_wgrad_add_flops(packed_shape, left_shape, *args, **kwargs):  # type: ignore[no-untyped-def]
     return 2 * left_shape[0] * packed_shape[0] * packed_shape[1] * packed_shape[2]
+
+
+@register_flop_formula(torch.ops.fastgrad.expert_wgrad)
+def _expert_wgrad_flops(left_shape, right_shape, offsets_shape, ids_shape, *args, **kwargs):  # type: ignore[no-untyped-def]
+    """Shapes do not tell how many tokens an expert has: the selected share of an even load."""
+    share = ids_shape[0] / max(1, offsets_shape[0] - 1)
+    return int(2 * left_shape[0] * left_shape[1] * right_shape[1] * share)

@@ -75,6 +75,16 @@ def sparse_wgrad(
     return packed
 
 
+def expert_wgrad(left: Tensor, right: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """``left_eᵀ right_e`` over the tokens of each expert e in ``ids``, ``[n, rows, cols]``."""
+    bounds, products = offsets.tolist(), []
+    for e in ids.tolist():
+        a, b = bounds[e], bounds[e + 1]
+        products.append(left[a:b].double().T @ right[a:b].double())
+    empty = torch.zeros(0, left.shape[1], right.shape[1], dtype=torch.float64)
+    return torch.stack(products) if products else empty
+
+
 def block_stats(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
     """Rows: sum of squares, sum of absolute values, largest absolute value, non-finite count."""
     out = []

@@ -35,6 +35,7 @@ def sparse_wgrad_kernel(  # type: ignore[no-untyped-def]
     left,
     right,
     ids,
+    offsets,
     packed,
     tokens,
     n_rows,
@@ -50,6 +51,7 @@ def sparse_wgrad_kernel(  # type: ignore[no-untyped-def]
     BC: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -59,6 +61,10 @@ def sparse_wgrad_kernel(  # type: ignore[no-untyped-def]
     left ``[tokens, n_rows]``, right ``[tokens, n_cols]`` with unit stride along columns; ids int64
     ``[n_blocks]`` numbers of blocks ``block_rows x block_cols``, row by row, ``grid_cols`` to a
     row; packed ``[n_splits, n_blocks, block_rows, block_cols]`` float32.
+
+    EXPERTS: ids are numbers of experts instead; block i is the whole ``n_rows x n_cols`` product of
+    the tokens ``offsets[ids[i]]:offsets[ids[i] + 1]`` (int64 ``[n_experts + 1]``), each split an
+    equal part of them.
     Grid: (n_blocks · tiles in a block, n_splits).
     """
     pid, split = tl.program_id(0), tl.program_id(1)
@@ -71,7 +77,16 @@ def sparse_wgrad_kernel(  # type: ignore[no-untyped-def]
     tc = pid % (GROUP * tiles_c) // height * BC
 
     block = tl.load(ids + i)
-    row, col = block // grid_cols * block_rows + tr, block % grid_cols * block_cols + tc
+    if EXPERTS:
+        row, col = tr, tc
+        first_token = tl.load(offsets + block)
+        tokens = tl.load(offsets + block + 1) - first_token
+        share = (tokens + tl.num_programs(1) - 1) // tl.num_programs(1)
+        tokens_per_split = ((share + BK - 1) // BK * BK).to(tl.int32)
+        left += first_token * left_stride
+        right += first_token * right_stride
+    else:
+        row, col = block // grid_cols * block_rows + tr, block % grid_cols * block_cols + tc
     r, c, k = tl.arange(0, BR), tl.arange(0, BC), tl.arange(0, BK)
     # Features of the next block in the same tile are read but not stored; only the matrix's own
     # edge is masked, whose position keeps the loads wide.
@@ -162,8 +177,10 @@ def _launch(
     into: Tensor | None,
     tile: Tile | None,
     splits: int | None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """Blocks ``ids`` of a ``shape`` matrix as ``[n, *block]``; the factors may be wider."""
+    """Blocks ``ids`` of a ``shape`` matrix as ``[n, *block]``; the factors may be wider. With
+    ``offsets`` the product of each expert in ``ids``."""
     (rows, cols), (block_rows, block_cols) = shape, block
     tokens, n = left.shape[0], ids.numel()
     arch = architecture(left.device)
@@ -174,10 +191,11 @@ def _launch(
     if splits is None:
         chip, n_units = CHIPS[arch], units(left.device)
         rate = (chip.scalar if left.dtype == torch.float32 else chip.matrix) / chip.units
-        work = 2 * tokens * tile.rows * tile.cols / rate
+        mean = tokens if offsets is None else tokens / max(1, offsets.numel() - 1)
+        work = 2 * mean * tile.rows * tile.cols / rate
         written = 8 * n * block_rows * block_cols / chip.memory
         # Eight chunks at the least, or filling the pipeline costs more than the split saves.
-        splits = token_splits(tiles, work, written, n_units, tokens // (8 * tile.depth))
+        splits = token_splits(tiles, work, written, n_units, int(mean) // (8 * tile.depth))
     accumulate = into is not None and splits == 1
     out = into
     if out is None or not accumulate:
@@ -188,6 +206,7 @@ def _launch(
             left,
             right,
             ids,
+            ids if offsets is None else offsets,
             out,
             tokens,
             left.shape[1],
@@ -203,6 +222,7 @@ def _launch(
             BC=tile.cols,
             BK=tile.depth,
             GROUP=tile.group,
+            EXPERTS=offsets is not None,
             ACCUMULATE=accumulate,
             UPCAST=interpreting(),
             num_warps=tile.warps,
@@ -285,6 +305,35 @@ def sparse_wgrad(
     return _launch(left, right, ids, (rows, cols), (block_rows, block_cols), into, tile, splits)
 
 
+def expert_wgrad(
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    ids: Tensor,
+    *,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """``ops.expert_wgrad`` on a GPU: ``[n, rows, cols]`` float32.
+
+    Args:
+        left, right, offsets, ids: as in ``ops.expert_wgrad``.
+        tile: another tile than the default.
+        splits: programs that share an expert's tokens; partial sums are added in order.
+
+    Raises:
+        ValueError: for a dtype that the kernel does not know.
+    """
+    if left.dtype not in DTYPES.values():
+        raise ValueError(f"fastgrad_kernels: dtype {left.dtype}: the kernel accumulates in float32")
+    shape = (left.shape[1], right.shape[1])
+    if ids.numel() == 0 or 0 in shape:
+        return left.new_zeros(ids.numel(), *shape, dtype=torch.float32)
+    left = left if left.stride(1) == 1 else left.contiguous()
+    right = right if right.stride(1) == 1 else right.contiguous()
+    return _launch(left, right, ids, shape, shape, None, tile, splits, offsets)
+
+
 def _shipped() -> tuple[Shipped, ...]:
     """Blocks of 128x128 and gathered stripes, 64x64 and 16x16 blocks."""
     out = []
@@ -293,7 +342,7 @@ def _shipped() -> tuple[Shipped, ...]:
             for size in (128, 64, 16):
                 tile = sparse_tile(dtype, arch, size, size)
                 pointers = {"left": f"*{short}", "right": f"*{short}", "ids": "*i64"}
-                pointers["packed"] = "*fp32"
+                pointers |= {"offsets": "*i64", "packed": "*fp32"}
                 numbers = ["n_rows", "n_cols", "left_stride", "right_stride"]
                 numbers += ["block_rows", "block_cols", "tokens_per_split"]
                 others = ("tokens", "n_blocks", "grid_cols")
@@ -305,18 +354,20 @@ def _shipped() -> tuple[Shipped, ...]:
                     "ACCUMULATE": False,
                     "UPCAST": False,
                 }
-                out.append(
-                    Shipped(
-                        f"sparse_wgrad/{short}/{tile.rows}x{tile.cols}x{tile.depth}",
-                        sparse_wgrad_kernel,
-                        pointers | dict.fromkeys((*numbers, *others), "i32"),
-                        constants,
-                        tile.warps,
-                        tile.stages,
-                        (*pointers, *numbers),
-                        (target(arch),),
+                for experts in (False, True) if size == 128 else (False,):
+                    form = "experts/" if experts else ""
+                    out.append(
+                        Shipped(
+                            f"sparse_wgrad/{form}{short}/{tile.rows}x{tile.cols}x{tile.depth}",
+                            sparse_wgrad_kernel,
+                            pointers | dict.fromkeys((*numbers, *others), "i32"),
+                            constants | {"EXPERTS": experts},
+                            tile.warps,
+                            tile.stages,
+                            (*pointers, *numbers),
+                            (target(arch),),
+                        )
                     )
-                )
     return tuple(out)
 
 
