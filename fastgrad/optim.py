@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Any, overload
 
 import torch
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from fastgrad.errors import NonFiniteGradientError
 from fastgrad_kernels import ops
+from fastgrad_kernels.dispatch import keep, upload
 
 
 class SparseAdamW(Optimizer):
@@ -77,7 +77,7 @@ class SparseAdamW(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
         }
-        self._fastgrad_written: list[Any] = []
+        self._fastgrad_written: set[int] = set()  # ids of the blocks that the last step wrote
         super().__init__(params, defaults)
 
     @overload
@@ -95,20 +95,31 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._step()
+        except Exception:
+            # GradScaler takes these back only after a step that returns; the next step would see
+            # them as its own.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+        return loss
+
+    def _step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found is None:
             self._check_gradients()
-        self._fastgrad_written = []
+        self._fastgrad_written = set()
         packed = [
             getattr(p, "_fastgrad_blocks", None) for g in self.param_groups for p in g["params"]
         ]
         for blocks in packed:
             if blocks is not None:
                 blocks.check_untouched()
-        for group in self.param_groups:
-            for params in self._by_kind(group["params"]):
-                self._update(group, params, scale, found)
-        return loss
+        for number, (group, params) in enumerate(
+            (g, ps) for g in self.param_groups for ps in self._by_kind(g["params"])
+        ):
+            self._update(group, params, scale, found, number)
 
     def _update(
         self,
@@ -116,11 +127,17 @@ class SparseAdamW(Optimizer):
         params: Sequence[Any],
         scale: Tensor | None,
         found: Tensor | None,
+        number: int,
     ) -> None:
-        """One step of parameters of one device and dtype."""
+        """One step of parameters of one device and dtype, the ``number``-th of these lists."""
         states, device = [self._state(p) for p in params], params[0].device
         targets, (beta1, beta2) = self._targets(params), group["betas"]
         rounding = group["stochastic_rounding"]
+        # A step that is skipped for infinity writes nothing through.
+        written = [
+            full.numel() > 0 and (found is None or p._fastgrad_blocks.in_sync)
+            for p, (full, _) in zip(params, targets, strict=False)
+        ]
         ops.adamw_(
             params,
             [p.grad for p in params],
@@ -137,12 +154,13 @@ class SparseAdamW(Optimizer):
             group["maximize"],
             None if scale is None else scale.to(device),
             None if found is None else found.to(device),
-            _scalar(group["seed"], torch.int64, device) if rounding else None,
+            _scalar(group["seed"] + 1_000_003 * number, torch.int64, device) if rounding else None,
         )
-        for p, (full, _) in zip(params, targets, strict=False):
+        for p, (full, _), done in zip(params, targets, written, strict=False):
             if full.numel():
-                p._fastgrad_blocks.written()
-                self._fastgrad_written.append(p._fastgrad_blocks)
+                blocks = p._fastgrad_blocks
+                blocks.written() if done else blocks.write_again()
+                self._fastgrad_written.add(id(blocks))
 
     def _targets(self, params: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         """Full weight and block numbers of each parameter, empty tensors where there is nothing to
@@ -216,7 +234,7 @@ class SparseAdamW(Optimizer):
             group.setdefault("check_finite", True)
             group.setdefault("stochastic_rounding", False)
             group.setdefault("seed", 0)
-        self.__dict__.setdefault("_fastgrad_written", [])
+        self.__dict__["_fastgrad_written"] = set()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch, but moments keep their precision: the base class would round them to
@@ -230,8 +248,10 @@ class SparseAdamW(Optimizer):
                     value = state_dict["state"][i][key]
                     moment = torch.empty_like(p, dtype=_moment_dtype(p))
                     self.state[p][key] = moment.copy_(value)
-            if p.is_cuda and "step" in self.state[p]:
-                self.state[p]["step"] = self.state[p]["step"].to(p.device)
+            if "step" in self.state[p]:
+                count = torch.as_tensor(self.state[p]["step"])
+                device = p.device if p.is_cuda else "cpu"
+                self.state[p]["step"] = count.to(device, torch.float32, copy=True)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors."""
@@ -257,9 +277,9 @@ def _nonfinite(named: Sequence[tuple[str, Tensor]]) -> list[str]:
     return [name for name, grad in named if not bool(torch.isfinite(grad).all())]
 
 
-@lru_cache(maxsize=256)
+@keep
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((), value, dtype=dtype, device=device)
+    return upload(torch.tensor(value, dtype=dtype, device="cpu"), device)
 
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

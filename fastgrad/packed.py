@@ -38,7 +38,7 @@ class PackedBlocks:
         self, name: str, full: nn.Parameter, grid: BlockGrid, ids: Tensor, dtype: torch.dtype
     ) -> None:
         self.name, self.full, self.grid = name, full, grid
-        self.ids = ids.to(full.device)
+        self._ids = ids.to(full.device)
         self.packed = nn.Parameter(self.gather(full.detach()).to(dtype))
         self.packed._fastgrad_blocks = self  # type: ignore[attr-defined]
         self.packed._fastgrad_name = name  # type: ignore[attr-defined]
@@ -51,8 +51,20 @@ class PackedBlocks:
         self.written()
 
     @property
+    def ids(self) -> Tensor:
+        """Block numbers, on the weight's device: a model that is moved takes them along."""
+        if self._ids.device != self.full.device:
+            self._ids = self._ids.to(self.full.device)
+        return self._ids
+
+    @property
+    def in_sync(self) -> bool:
+        """The packed values are those that were last written to the full weight."""
+        return self.packed._version == self._synced
+
+    @property
     def whole(self) -> bool:
-        return self.grid.is_whole or self.ids.numel() == self.grid.n_blocks
+        return self.grid.is_whole or self._ids.numel() == self.grid.n_blocks
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Packed copy of the selected blocks of a tensor shaped like the full weight."""
@@ -91,6 +103,11 @@ class PackedBlocks:
         """Both sides hold the same values now."""
         self._synced, self._full_seen = self.packed._version, self.full._version
 
+    def write_again(self) -> None:
+        """An optimizer's kernel had the full weight in hand but may have skipped its step."""
+        self._full_seen = self.full._version
+        self.sync()
+
     def target(self) -> tuple[Tensor, Tensor] | None:
         """What an optimizer's kernel writes through to: the full weight, as a matrix where blocks
         are selected, and the block numbers (empty for all of it); None where its memory is not
@@ -105,7 +122,7 @@ class PackedBlocks:
 
     def sync_if_stale(self) -> None:
         """Catches in-place changes of either side that no optimizer step announced."""
-        if self.packed._version != self._synced:
+        if not self.in_sync:
             self.sync()
         elif self.full._version != self._full_seen:
             self.refresh()

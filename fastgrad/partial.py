@@ -26,7 +26,7 @@ def _write_through(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
     for group in optimizer.param_groups:
         for p in group["params"]:
             blocks = getattr(p, "_fastgrad_blocks", None)
-            if blocks is not None and not any(blocks is d for d in done):
+            if blocks is not None and id(blocks) not in done:
                 blocks.sync()
 
 

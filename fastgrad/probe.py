@@ -42,6 +42,7 @@ from fastgrad.probe_arguments import (
     matches,
     named_directions,
     refuse_compiled,
+    stacked,
 )
 from fastgrad.records import Batch, ParamRecord, Target, mismatch
 from fastgrad.stats import Coverage, GradientStats
@@ -155,7 +156,7 @@ class Probe:
                 n,
                 everything[n],
                 BlockGrid.of(everything[n].shape, blocks),
-                self._stacked(n, everything[n]),
+                stacked(self._directions, n, everything[n], blocks),
                 self._refuse,
                 self_check,
             )
@@ -175,6 +176,7 @@ class Probe:
         self._running = False
         self._forwards = 0
         self._pass: dict[str, _Arrival] | None = None
+        self._deferred: list[tuple[str, str]] | None = None
         self._skipped = 0
         self._columns: list[dict[str, Any]] = []
         self._passes: list[dict[str, Any]] = []
@@ -311,6 +313,9 @@ class Probe:
         return None if self._batch is None else self._batch.lookup(tensor)
 
     def _refuse(self, name: str, reason: str) -> None:
+        if self._deferred is not None:
+            self._deferred.append((name, reason))
+            return
         if self.strict:
             raise CoverageError(
                 f"{name}: {reason}. Its cross-influence cannot be measured exactly. "
@@ -390,8 +395,13 @@ class Probe:
         transfer = Transfer()
         norms = {name: transfer(a.sq) for name, a in arrived.items()}
         checks = self._prepare_checks(batches, arrived, transfer)
-        columns = [self._prepare_column(batch, transfer) for batch in batches]
-        transfer.run()
+        # What is refused here counts only if the batches do: they may hold NaN.
+        self._deferred = []
+        try:
+            columns = [self._prepare_column(batch, transfer) for batch in batches]
+            transfer.run()
+        finally:
+            refusals, self._deferred = self._deferred, None
         bad = [name for name, key in norms.items() if not np.isfinite(transfer[key]).all()]
         if bad:
             if self.on_nonfinite == "raise":
@@ -401,6 +411,8 @@ class Probe:
             self._skipped += 1
             return
         self._used |= set(arrived)
+        for name, reason in refusals:
+            self._refuse(name, reason)
         if self.per_example:
             seen = set().union(*(b.arrived for b in batches))
             for name in set(arrived) - seen:
@@ -576,15 +588,3 @@ class Probe:
             "n_model_parameters": sum(p.numel() for p in model_parameters(self.model).values()),
             "torch": str(torch.__version__),
         }
-
-    def _stacked(self, name: str, parameter: nn.Parameter) -> Tensor | None:
-        if not self._directions:
-            return None
-        grid = BlockGrid.of(parameter.shape, self.spec)
-        rows = [
-            d[name].detach().to(parameter.device).reshape(grid.rows, grid.cols)
-            if name in d
-            else torch.zeros(grid.rows, grid.cols, device=parameter.device)
-            for d in self._directions.values()
-        ]
-        return torch.stack([r.float() for r in rows])

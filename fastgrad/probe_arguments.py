@@ -6,8 +6,10 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
+from fastgrad.blocks import BlockGrid
 from fastgrad.errors import ProbeError
 
 Direction = Mapping[str, Tensor]
@@ -58,3 +60,20 @@ def named_directions(
         if not set(direction) & set(probed):
             raise ProbeError(f"direction {label!r} touches no probed parameter")
     return named
+
+
+def stacked(
+    directions: Mapping[str, Direction], name: str, parameter: nn.Parameter, spec: str
+) -> Tensor | None:
+    """One parameter's part of every direction, ``[k, rows, cols]`` float32 on its device; None
+    without directions."""
+    if not directions:
+        return None
+    grid = BlockGrid.of(parameter.shape, spec)
+    rows = [
+        d[name].detach().to(parameter.device).reshape(grid.rows, grid.cols)
+        if name in d
+        else torch.zeros(grid.rows, grid.cols, device=parameter.device)
+        for d in directions.values()
+    ]
+    return torch.stack([r.float() for r in rows])

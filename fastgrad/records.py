@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import combinations
 from weakref import WeakValueDictionary
 
@@ -22,7 +21,7 @@ from fastgrad.blocks import BlockGrid
 from fastgrad.tap_functions import Rows
 from fastgrad_kernels import ops
 from fastgrad_kernels.cpu import gram_products
-from fastgrad_kernels.dispatch import upload
+from fastgrad_kernels.dispatch import keep, upload
 from fastgrad_kernels.layout import block_sums
 
 CANCELLED = 1e-3  # below this share of the uses' own energy, cross terms have lost digits
@@ -270,7 +269,7 @@ class ParamRecord:
         self.sampled = part if self.sampled is None else self.sampled + part
 
 
-@lru_cache(maxsize=4096)
+@keep
 def _random_entries(numel: int, device: torch.device, count: int) -> Tensor:
     """``count`` numbers below ``numel``, the same each time."""
     generator = torch.Generator().manual_seed(numel)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgrad_kernels import ops
+from fastgrad_kernels.dispatch import keep
 
 if TYPE_CHECKING:
     from fastgrad.records import ParamRecord
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
         return _uniform_offsets(self.n_examples, self.per_example)
 
 
-@lru_cache(maxsize=64)
+@keep
 def _uniform_offsets(n_examples: int, per_example: int) -> Tensor:
     return torch.arange(n_examples + 1, dtype=torch.int64, device="cpu") * per_example
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgrad_kernels import checks, cpu, ops, reference
+from fastgrad_kernels import checks, cpu, dispatch, ops, reference
 from fastgrad_kernels.layout import gather_blocks, scatter_blocks_, sum_of_squares
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -265,6 +265,32 @@ def test_adamw_writes_through_and_counts_steps_per_block(full_dtype):
     assert torch.equal(whole, master.to(full_dtype))
     assert steps[0].tolist() == [1, 8, 3]
     assert float(steps[1]) == 1
+
+
+def test_counts_per_block_of_a_whole_weight_survive_the_call():
+    """Nothing that a prepared step reads may be freed between two steps."""
+    full = torch.randn(6, 5).bfloat16()
+    p = full.float()
+    (m,), (v,) = zeros_like(p)
+    steps, none = torch.arange(6.0), torch.empty(0, dtype=torch.int64)
+    for _ in range(3):
+        update([p], [torch.randn(6, 5)], [m], [v], [steps], [full], [none])
+        [torch.full((6,), 1 << 40, dtype=torch.int64) for _ in range(50)]  # over what was freed
+        assert torch.equal(full, p.bfloat16())
+    assert steps.tolist() == [3, 4, 5, 6, 7, 8]
+
+
+def test_boundaries_that_change_under_the_hood_are_seen():
+    """Neither a checked nor a moved copy outlives the values it was made from."""
+    offsets = torch.tensor([0, 2, 6])
+    there = dispatch.moved(offsets, torch.device("meta"))
+    assert dispatch.moved(offsets, torch.device("meta")) is there
+    offsets.numpy()[1] = 3
+    assert dispatch.moved(offsets, torch.device("meta")) is not there
+    with torch.inference_mode():
+        inside = torch.tensor([0, 2, 6])
+        dispatch.moved(inside, torch.device("meta"))
+        checks.check_offsets(inside, 6)
 
 
 def test_adamw_scales_and_skips_like_a_grad_scaler():

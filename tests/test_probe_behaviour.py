@@ -801,3 +801,27 @@ def test_packed_rows_are_refused_by_name():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
     with fg.Probe(model), pytest.raises(ProbeError, match="position_ids"):
         model(input_ids=ids, labels=ids, position_ids=positions)
+
+
+def test_refusals_of_a_batch_that_is_dropped_do_not_count(monkeypatch):
+    """Records end before the gradients are known to be finite; what they find counts afterwards."""
+    original = ParamRecord.finish
+
+    def finish(self):
+        self.refuse("cancels")
+        return original(self)
+
+    monkeypatch.setattr(ParamRecord, "finish", finish)
+    model = randomised(MODELS["llama"])
+    weight = next(model.parameters())
+    handle = weight.register_hook(lambda g: g * torch.nan)
+    with fg.Probe(model, on_nonfinite="skip") as probe:
+        model(**batch_of()).loss.backward()
+        assert probe._skipped == 1
+        assert not probe._missing
+        handle.remove()
+        model(**batch_of()).loss.backward()
+        assert set(probe._missing.values()) == {"cancels"}
+    weight.register_hook(lambda g: g * torch.nan)
+    with fg.Probe(model, strict=True), pytest.raises(fg.errors.NonFiniteGradientError):
+        model(**batch_of()).loss.backward()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgrad_kernels.configs import on_device
+from fastgrad_kernels.dispatch import capturing
 from fastgrad_kernels.sparse_adam import _TYPES, AdamStep, Packed
 
 _KEPT = 16
@@ -102,8 +103,7 @@ def adamw_lists_(
     lists = (params, exp_avgs, exp_avg_sqs, steps, fulls, ids)
     key = (device, *map(_key, lists), tuple(g.dtype for g in grads))
     step = _steps.pop(key, None)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing and (step is None or not step.knows(grads)):
+    if capturing(device) and (step is None or not step.knows(grads)):
         raise RuntimeError(
             "fastgrad_kernels: this step cannot be captured in a CUDA graph yet: its tables are "
             "not on the device. Remedy: before the capture run one step with the same parameters "
@@ -119,7 +119,9 @@ def adamw_lists_(
                 full = None if full is None else full.view(p.shape[0], -1)
             items.append(Packed(p, m, v, s, full, blocks))
         step = AdamStep(items, grads)
-    if capturing:
+        step.kept = [i.ids for i in items if i.ids is not None]  # the tables hold addresses alone
+    if capturing(device):
+        step.captured = True
         _captured.append(step)
     else:
         _steps[key] = step  # the youngest last

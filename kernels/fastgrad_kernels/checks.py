@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgrad_kernels.dispatch import once
+from fastgrad_kernels.dispatch import checked, mark_checked
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,7 +41,7 @@ def check_offsets(offsets: Tensor, tokens: int) -> None:
         offsets.ndim == 1 and offsets.dtype == torch.int64 and offsets.numel() >= 1,
         "offsets must be a one-dimensional int64 tensor [n_examples + 1]",
     )
-    if not once(offsets, tokens):
+    if checked(offsets, tokens):
         return
     bounds = offsets.tolist()
     check(
@@ -49,6 +49,7 @@ def check_offsets(offsets: Tensor, tokens: int) -> None:
         f"offsets {bounds[:1]}..{bounds[-1:]} must rise from 0 to the {tokens} tokens given: "
         "every token belongs to exactly one example",
     )
+    mark_checked(offsets, tokens)
 
 
 def check_block(block_rows: int, block_cols: int) -> None:
@@ -76,9 +77,10 @@ def check_blocks(ids: Tensor, rows: int, cols: int, block_rows: int, block_cols:
         f"block numbers must be one-dimensional int64, got {ids.ndim}-D {ids.dtype}",
     )
     count = n_blocks(rows, cols, block_rows, block_cols)
-    if ids.numel() and once(ids, (count, block_rows, block_cols)):
+    if ids.numel() and not checked(ids, count):
         low, high = int(ids.min()), int(ids.max())
         check(low >= 0 and high < count, f"blocks {low}..{high} outside 0..{count - 1}")
+        mark_checked(ids, count)
 
 
 def check_lookups(ids: Tensor, grad_out: Tensor, num_rows: int) -> None:

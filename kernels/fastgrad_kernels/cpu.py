@@ -409,7 +409,7 @@ def adamw_(
         [m for _, m in moments[len(work) :]],
         [],
         lists[4],
-        lr=lr,
+        lr=lr.float() if lr.is_cuda else lr,  # PyTorch's kernel reads float32 there
         beta1=beta1,
         beta2=beta2,
         weight_decay=weight_decay,

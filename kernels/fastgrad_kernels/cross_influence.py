@@ -8,7 +8,6 @@ target directions are written, then it is added to the running gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -27,7 +26,7 @@ from fastgrad_kernels.configs import (
     target,
     units,
 )
-from fastgrad_kernels.dispatch import moved, upload
+from fastgrad_kernels.dispatch import keep, moved, upload
 from fastgrad_kernels.layout import block_sums
 
 # Directions handled by one launch, with a gradient and without: each is a tile of registers at
@@ -220,7 +219,7 @@ def _split_bounds(offsets: Tensor, tokens: int, splits: int) -> Tensor:
     return bounds
 
 
-@lru_cache(maxsize=64)
+@keep
 def _ends(examples: int, device: torch.device) -> Tensor:
     return upload(torch.tensor([0, examples]), device)
 

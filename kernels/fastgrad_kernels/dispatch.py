@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
 
 
 class FallbackWarning(UserWarning):
@@ -65,27 +68,64 @@ def _warn(op: str, device: str, reason: str) -> None:
     )
 
 
-def once(tensor: Tensor, key: Any) -> bool:
-    """True if ``tensor`` has not been seen with this key since it last changed.
+def checked(tensor: Tensor, key: Any) -> bool:
+    """True if :func:`mark_checked` was called for this tensor and key and it has not changed.
 
     A check of values on a GPU makes the host wait; block numbers that stay the same for a whole
     training run are looked at once.
     """
-    if tensor.device.type == "cpu":
-        return True
-    mark = (key, tensor._version)
-    if getattr(tensor, "_fastgrad_checked", None) == mark:
+    if tensor.device.type == "cpu" or tensor.is_inference():
         return False
-    tensor._fastgrad_checked = mark  # type: ignore[attr-defined]
-    return True
+    return getattr(tensor, "_fastgrad_checked", None) == (key, tensor._version)
 
 
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of a host tensor on ``device`` that the host does not wait for: an ordinary copy to a
-    GPU waits until all work before it is done."""
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+def mark_checked(tensor: Tensor, key: Any) -> None:
+    """Remember a check that has passed."""
+    if tensor.device.type != "cpu" and not tensor.is_inference():
+        tensor._fastgrad_checked = (key, tensor._version)  # type: ignore[attr-defined]
+
+
+def capturing(device: torch.device) -> bool:
+    """True while a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor on ``device``; from the host without waiting: an ordinary copy to a GPU
+    waits until all work before it is done.
+
+    Raises:
+        RuntimeError: during the capture of a CUDA graph, which would hold the copy's source, and
+            tables that are marked filled although nothing ran.
+    """
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    if capturing(device):
+        raise RuntimeError(
+            "fastgrad_kernels: a table must be copied to the device, which a CUDA graph cannot "
+            "hold. Remedy: before the capture run the same call once with the same tensors"
+        )
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def keep(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Keep the tensors that ``make`` returns, by its arguments; not those of a fake or inference
+    mode, which would not serve outside it."""
+    made: OrderedDict[Any, Tensor] = OrderedDict()
+
+    @wraps(make)
+    def again(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        key = (args, tuple(kwargs.items()))
+        found = made.get(key)
+        if found is None:
+            found = make(*args, **kwargs)
+            if type(found) is Tensor and not found.is_inference():
+                made[key] = found
+            if len(made) > 4096:
+                made.popitem(last=False)
+        return found
+
+    return again
 
 
 def refill(target: Tensor, values: Sequence[int]) -> None:
@@ -94,15 +134,27 @@ def refill(target: Tensor, values: Sequence[int]) -> None:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; the copy is kept with the tensor while that does not change, since
-    every layer of a model asks for the same boundaries."""
-    if tensor.device == device:
-        return tensor
+    """``tensor`` on ``device``. The copy of a host tensor is kept with it and serves as long as
+    the values are the same: every layer of a model asks for the same boundaries."""
+    if tensor.device == device or tensor.device.type != "cpu":
+        return tensor.to(device)
     kept = getattr(tensor, "_fastgrad_copy", None)
-    if kept is None or kept[0] != tensor._version or kept[1].device != device:
-        kept = (tensor._version, upload(tensor, device))
+    if kept is None or kept[1].device != device or not torch.equal(kept[0], tensor):
+        kept = (tensor.clone(), upload(tensor, device))
         tensor._fastgrad_copy = kept  # type: ignore[attr-defined]
     return kept[1]
 
 
-__all__ = ["FallbackWarning", "interpreted", "kernel", "moved", "once", "refill", "takes", "upload"]
+__all__ = [
+    "FallbackWarning",
+    "capturing",
+    "checked",
+    "interpreted",
+    "keep",
+    "kernel",
+    "mark_checked",
+    "moved",
+    "refill",
+    "takes",
+    "upload",
+]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrad_kernels.compile_check import TARGETS, Shipped
-from fastgrad_kernels.dispatch import refill
+from fastgrad_kernels.dispatch import capturing, refill
 
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 UNIT = tl.constexpr(16)  # elements side by side in a tile: any block width that 16 divides fits
@@ -375,6 +375,7 @@ def launch(table: TensorTable) -> ListStats:
 
 
 _CACHE: OrderedDict[object, TensorTable] = OrderedDict()
+_captured: list[TensorTable] = []
 _CACHE_SIZE = 256  # one entry per shape where gradients come one by one
 
 
@@ -413,8 +414,11 @@ def grad_stats(
     grids = [None] * len(shapes) if grids is None else list(grids)
     key = (tuple(shapes), tuple(grids), device, config)
     table = _CACHE.pop(key, None) or TensorTable(shapes, grids, device, config)
-    _CACHE[key] = table  # the youngest last
+    table.refresh(grads)
+    if capturing(device):  # a CUDA graph reads this table at each replay: leave it alone
+        _captured.append(table)
+    else:
+        _CACHE[key] = table  # the youngest last
     if len(_CACHE) > _CACHE_SIZE:
         _CACHE.popitem(last=False)
-    table.refresh(grads)
     return launch(table)

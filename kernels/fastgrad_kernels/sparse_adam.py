@@ -29,9 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrad_kernels.compile_check import TARGETS, Shipped
-from fastgrad_kernels.dispatch import refill
+from fastgrad_kernels.dispatch import refill, upload
 
 UNIT = tl.constexpr(16)  # elements side by side in a tile: any block width that 16 divides fits
+_HYPER = 64  # sets of hyperparameters that a prepared step keeps on the device
 FIELDS = 11  # int64 per tensor in the table, see adamw_kernel
 FIELDS_ = tl.constexpr(FIELDS)
 
@@ -472,6 +473,8 @@ class AdamStep:
             if item.param.numel():
                 groups.setdefault((item.param.dtype, dtype, full), []).append(i)
         self.config = config
+        self.kept: list[Tensor] = []  # tensors that nobody else holds
+        self.captured = False  # a CUDA graph reads the tables: nothing may be freed
         self._shapes = [item.param.shape for item in items]
         self._device = items[0].param.device if items else torch.device("cpu")
         self._tables = [
@@ -521,8 +524,10 @@ class AdamStep:
         logs = [math.log(b) if b else -math.inf for b in betas]
         values = (*logs, weight_decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps)
         hyper = self._hyper.get(values)
-        if hyper is None:  # kept for good: there are few, and a captured graph may read any
-            hyper = torch.tensor(values, dtype=torch.float64, device=device)
+        if hyper is None:
+            hyper = upload(torch.tensor(values, dtype=torch.float64), device)
+            if len(self._hyper) >= _HYPER and not self.captured:  # a schedule changes betas
+                del self._hyper[next(iter(self._hyper))]
             self._hyper[values] = hyper
         for (p, g_type, f), members, table in self._tables:
             table.refresh([grads[i] for i in members])
