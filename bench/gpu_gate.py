@@ -2,7 +2,7 @@
 
     python bench/gpu_gate.py                        # all, and bench/results/gpu_gate.json
     python bench/gpu_gate.py --rows adam,stats      # some rows, correctness first all the same
-    python bench/gpu_gate.py --device cpu           # the same code at small sizes, anywhere
+    python bench/gpu_gate.py --device cpu           # the gate's own code at small sizes, anywhere
 
 First every operator is compared with float64 on fresh random inputs; nothing is timed if one is
 wrong. Then each row is timed against its peers, interleaved, on the device's clock, and judged by
@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import gate_checks
 import gate_rows
+from fastgrad_kernels import dispatch
 from gate_rows import Row
 from timing import environment
 
@@ -35,6 +36,11 @@ def correctness(device: torch.device) -> tuple[list[gate_checks.Check], bool]:
         checks = list(gate_checks.run(device))
     for text in sorted({str(w.message) for w in caught if "blocked PyTorch" in str(w.message)}):
         print(f"note: {text}")
+    if device.type == "cpu":
+        which = "the operators' CPU form (TRITON_INTERPRET=1 runs the Triton kernels)"
+        if dispatch.interpreted():
+            which = "the Triton kernels, interpreted"
+        print(f"checked: {which}")
     bad = [c for c in checks if not c.ok]
     for c in bad:
         print(f"WRONG {c.name}: error {c.error:.2e}, allowed {c.bound:.2e}")
@@ -90,9 +96,11 @@ def main() -> None:
     wanted = [r for r in args.rows.split(",") if r] or list(gate_rows.ALL)
     if unknown := sorted(set(wanted) - set(gate_rows.ALL)):
         parser.error(f"unknown rows {', '.join(unknown)}; there are {', '.join(gate_rows.ALL)}")
+    if args.device.partition(":")[0] not in ("cuda", "cpu"):
+        parser.error(f"device {args.device!r}: cuda, cuda:N or cpu")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU is visible to PyTorch; --device cpu runs the same code at small sizes")
+        parser.error("no GPU is visible to PyTorch; --device cpu runs the gate at small sizes")
     start = time.perf_counter()
     checks: list[gate_checks.Check] = []
     if not args.skip_checks:

@@ -5,8 +5,10 @@
     TRITON_INTERPRET=1 python bench/tune.py --device cpu     # small sizes, without a GPU
 
 Prints time as a multiple of the peer's, the shipped configuration first. What wins belongs into
-configs.py, with the figure in docs/kernels.md. A variant that does not fit the chip, spills or is
-wrong is named and left out.
+configs.py, with the figure in docs/kernels.md. In a name such as "128x128x64 w8 s4 g8" stand the
+tile's rows and columns, the depth of a step, warps, pipeline stages and the rows of tiles that run
+together. In the interpreter the times mean nothing. A variant that does not fit the chip, spills
+or is wrong is named and left out.
 """
 
 from __future__ import annotations
@@ -285,6 +287,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="JSON; on a GPU bench/results/tune.json")
     args = parser.parse_args()
+    if args.device.partition(":")[0] not in ("cuda", "cpu"):
+        parser.error(f"device {args.device!r}: cuda, cuda:N or cpu")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is visible to PyTorch")

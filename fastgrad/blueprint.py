@@ -383,7 +383,10 @@ class Blueprint:
 
 def _read(path: Path, limit: int) -> bytes:
     if not path.is_file():
-        raise ValueError(f"there is no file {path.name} here")
+        raise ValueError(
+            f"there is no file {path.name} here. Remedy: a local model folder or file; a "
+            "repository of a hub must be downloaded first"
+        )
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

@@ -274,6 +274,7 @@ def select_command(
     else:
         _print(selection.summary())
         _note(f"wrote {output}")
+        _note("not compared with any weights; `fastgrad blueprint verify` and make_partial do that")
 
 
 @app.command("plan")
@@ -432,13 +433,15 @@ def _auto_class(config: Any) -> Any:
 
 
 def _load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    from safetensors import SafetensorError
+
     config = _config(folder)
     try:
         return _auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype or "auto", local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ProbeError(f"the model in {folder} cannot be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ProbeError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
 def _meta_model(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -450,8 +453,18 @@ def _meta_model(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = _auto_class(config).from_config(config, dtype=wanted)
     except (ValueError, KeyError) as error:
-        raise ResourceError(f"no model can be built from {folder}/config.json: {error}") from error
+        raise ResourceError(
+            f"no model can be built from {folder}/config.json: {_first_line(error)} Remedy: the "
+            "command line knows causal and masked language models; in Python fastgrad takes any "
+            "module"
+        ) from error
     return model
+
+
+def _first_line(error: Exception) -> str:
+    """What transformers says, without its list of two hundred classes."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fastgrad.blocks import BlockGrid
 from fastgrad.errors import BlockSpecError, DeltaError
 from fastgrad.files import atomic_path
-from fastgrad.identity import model_parameters, weights_hash
+from fastgrad.identity import model_parameters, tensors_hash, weights_hash
 from fastgrad.packed import refresh_packed
 from fastgrad.partial import Partial
 from fastgrad_kernels.layout import gather_blocks, matrix_view, write_blocks_
@@ -47,6 +48,11 @@ def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
     """
     from safetensors.torch import save_file
 
+    if not isinstance(partial, Partial):
+        raise DeltaError(
+            f"save_delta takes what make_partial returned, not {type(partial).__name__}: it knows "
+            "which blocks were trained"
+        )
     if partial.base_hash is None:
         raise DeltaError(
             "a delta must name its base weights. Remedy: make_partial(..., hash_base=True)"
@@ -63,6 +69,7 @@ def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
         "format": FORMAT,
         "spec": partial.selection.spec,
         "base_hash": partial.base_hash,
+        "content_hash": _content_hash(tensors),
         "shapes": {n: list(partial.selection.shapes[n]) for n in partial.selection.blocks},
     }
     with atomic_path(path) as temporary:
@@ -101,6 +108,11 @@ def load_delta(
             for n in shapes
         }
         base_hash = str(header["base_hash"])
+        if header["content_hash"] != _content_hash(tensors):
+            raise DeltaError(
+                f"{path} is damaged: its values are not those that were saved. Remedy: copy or "
+                "download it again"
+            )
     except FileNotFoundError:
         raise DeltaError(f"no delta file at {path}") from None
     except (
@@ -143,6 +155,11 @@ def load_delta(
         _write(own[name], grids[name], ids[name], values[name])
     refresh_packed(model)
     return applied
+
+
+def _content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and bytes, as :func:`weights_hash` does for a model."""
+    return tensors_hash(sorted(tensors.items()))
 
 
 def _shape(raw: object) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,8 +50,17 @@ def weights_hash(model: nn.Module) -> str:
     Raises:
         ValueError: if the model holds meta tensors, which have no content.
     """
+    return tensors_hash(sorted(model_parameters(model).items()))
+
+
+def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """``sha256:...`` over name, dtype, shape and bytes of every tensor, in the order given.
+
+    Raises:
+        ValueError: for a meta tensor, which has no content.
+    """
     digest = hashlib.sha256()
-    for name, p in sorted(model_parameters(model).items()):
+    for name, p in tensors:
         if p.is_meta:
             raise ValueError(f"{name} is on the meta device and has no content to hash")
         digest.update(f"{name}|{p.dtype}|{tuple(p.shape)}|".encode())

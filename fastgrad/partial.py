@@ -143,10 +143,14 @@ def make_partial(
         allow_other_weights: accept a selection that was made for other weights.
 
     Raises:
-        PartialError: if the model is partial already.
+        PartialError: if the model is partial already, or ``master_dtype`` is not a dtype.
         SelectionError: if the selection names unknown parameters, other shapes or other weights.
     """
     global _hook
+    if master_dtype is not None and not isinstance(master_dtype, torch.dtype):
+        raise PartialError(
+            f"master_dtype is {master_dtype!r}. Remedy: a dtype such as torch.float32"
+        )
     if any(isinstance(m, PartialModule) for m in model.modules()):
         raise PartialError(
             "this model is partial already. Remedy: call .remove() on that Partial first"

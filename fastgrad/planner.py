@@ -123,6 +123,14 @@ def plan_memory(
     """
     if optimizer not in OPTIMIZERS:
         raise ResourceError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+    if batch_shape is not None and not (
+        isinstance(batch_shape, tuple | list)
+        and len(batch_shape) == 2
+        and all(isinstance(n, int) and n > 0 for n in batch_shape)
+    ):
+        raise ResourceError(
+            f"batch_shape is (rows, tokens), such as (8, 2048), not {batch_shape!r}"
+        )
     own = model_parameters(model)
     shapes = {n: tuple(p.shape) for n, p in own.items()}
     full = _static_terms(model, own, None, optimizer, master_dtype)

@@ -117,6 +117,11 @@ class Probe:
         hash_weights: bool = True,
     ) -> None:
         check_spec(blocks)
+        if not isinstance(model, nn.Module):
+            raise ProbeError(
+                f"a probe needs a model, not {type(model).__name__} {str(model)[:60]!r}. Remedy: "
+                "load it first, for instance with AutoModelForCausalLM.from_pretrained"
+            )
         refuse_compiled(model)
         if any(name.endswith(PACKED_SUFFIX) for name, _ in model.named_parameters()):
             raise ProbeError(

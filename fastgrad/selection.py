@@ -148,6 +148,8 @@ class Selection:
             + (f"; {', '.join(made)}" if made else ""),
             f"{len(self.blocks)} of {len(self.shapes)} parameter tensors touched, {whole} whole",
         ]
+        if self.meta.get("note"):
+            lines.append(f"note: {self.meta['note']}")
         selected = {name: self.n_selected(name) for name in self.shapes}
         for title, group in (("layer", _layer_of), ("kind of parameter", _kind_of)):
             chosen: dict[str, int] = {}
@@ -341,6 +343,11 @@ def select(
             "give exactly one budget: fraction, count, k_star or memory; got "
             + (" and ".join(given) or "none")
         )
+    if isinstance(source, str | os.PathLike):
+        raise SelectionError(
+            f"select needs a blueprint or statistics, not a path. Remedy: "
+            f"fg.Blueprint.from_pretrained({os.fspath(source)!r})"
+        )
     (kind, value), = given.items()
     if ranking not in MEASURED + CONTROLS:
         raise SelectionError(f"unknown ranking {ranking!r}; use one of "
@@ -363,6 +370,9 @@ def select(
         "include": list(include) if include else None,
         "exclude": list(exclude) if exclude else None,
         "unranked": ranked.unranked,
+        "note": "activations are not counted in the memory budget: no batch_shape was given"
+        if memory is not None and batch_shape is None
+        else None,
     }
     digest = _hash_of(source)
 

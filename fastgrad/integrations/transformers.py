@@ -13,6 +13,7 @@ import contextlib
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from fastgrad.blocks import check_spec
 from fastgrad.errors import FastgradError, MissingExtraError, PartialError
 from fastgrad.identity import model_parameters
 from fastgrad.optim import SparseAdamW
+from fastgrad.packed import PartialModule
 from fastgrad.partial import Partial, make_partial
 from fastgrad.probe import Probe, Reduction
 from fastgrad.selection import Selection, select
@@ -161,11 +163,27 @@ class BlueprintCallback(TrainerCallback):
         self.blueprint: Blueprint | None = None
         self._steps: dict[int, float] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         if args.world_size > 1:
             raise FastgradError(
                 "BlueprintCallback measures in one process, and this run has "
                 f"{args.world_size}. Remedy: measure the saved model afterwards with fg.Probe"
+            )
+        if model is None:
+            raise FastgradError("BlueprintCallback was not given the model to measure")
+        if any(isinstance(m, PartialModule) for m in model.modules()):
+            raise PartialError(
+                "BlueprintCallback measures the gradient of whole weights, and this run trains "
+                "blocks of them. Remedy: leave the callback out, and measure the saved model "
+                "afterwards with fg.Probe"
+            )
+        frozen = sum(not p.requires_grad for p in model_parameters(model).values())
+        if frozen:
+            warnings.warn(
+                f"{frozen} parameters are frozen: the blueprint will not describe them",
+                stacklevel=2,
             )
         self.measurements, self.blueprint = [], None
         self._steps = {max(1, round(f * state.max_steps)): f for f in self.at if f < 1}
