@@ -373,6 +373,9 @@ def test_expert_wgrad(rows, cols, lengths, dtype, seed):
     want = reference.expert_wgrad(left, right, offsets, ids)
     assert got.shape == (n, rows, cols)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    total = torch.ones_like(got)
+    ops.expert_wgrad_add_(total, left, right, offsets, ids)
+    torch.testing.assert_close(total.double(), want + 1, rtol=1e-5, atol=1e-4)
     if n == len(lengths):  # all experts together are the dense gradient of the stack
         torch.testing.assert_close(
             got.double().sum(0), left.double().T @ right.double(), rtol=1e-5, atol=1e-4
@@ -477,6 +480,16 @@ def test_grad_stats_of_a_list():
             ),
         ),
         (
+            ops.expert_wgrad_add_,
+            lambda: (
+                torch.randn(2, 5, 6),
+                torch.randn(12, 5),
+                torch.randn(12, 6),
+                offsets_of([5, 0, 7]),
+                torch.tensor([2, 0]),
+            ),
+        ),
+        (
             ops.sparse_wgrad_add_,
             lambda: (
                 torch.randn(2, 2, 4),
@@ -537,6 +550,7 @@ def test_grad_stats_of_a_list():
         "stats",
         "cross-add",
         "experts",
+        "experts-add",
         "wgrad-add",
         "norm",
         "adamw-blocks",
@@ -627,6 +641,13 @@ def test_operators_compile():
                 torch.ones(3, 2), torch.ones(3, 2), offsets_of([1, 2]), torch.tensor([2])
             ),
             "blocks 2..2 outside 0..1",
+        ),
+        (
+            lambda: ops.expert_wgrad_add_(
+                torch.ones(1, 2, 3), torch.ones(3, 2), torch.ones(3, 2), offsets_of([1, 2]),
+                torch.tensor([1]),
+            ),
+            "cannot add to",
         ),
         (
             lambda: ops.norm_gradients(

@@ -341,6 +341,24 @@ def _(packed, left, right, ids):  # type: ignore[no-untyped-def]
     return None
 
 
+def _experts(
+    op: str, left: Tensor, right: Tensor, offsets: Tensor, ids: Tensor, into: Tensor | None = None
+) -> Tensor:
+    check_factors(left, right)
+    check_offsets(offsets, left.shape[0])
+    check_blocks(ids, offsets.numel() - 1, 1, 1, 1)
+    check(ids.device == left.device, f"expert numbers on {ids.device}, factors on {left.device}")
+    if dispatch.takes(left):
+        from fastgrad_kernels import sparse_wgrad as kernel
+
+        reason = kernel.unsupported(left, right, ids, left.shape[1], right.shape[1])
+        if dispatch.kernel(op, left, reason):
+            there = dispatch.moved(offsets, left.device)
+            return kernel.expert_wgrad(left, right, there, ids, into=into)
+    packed = cpu.expert_wgrad(left, right, offsets, ids)
+    return packed if into is None else into.add_(packed)
+
+
 @torch.library.custom_op("fastgrad::expert_wgrad", mutates_args=())
 def expert_wgrad(left: Tensor, right: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     """Weight gradient of the selected experts of a mixture-of-experts weight only.
@@ -358,23 +376,35 @@ def expert_wgrad(left: Tensor, right: Tensor, offsets: Tensor, ids: Tensor) -> T
         ValueError: for mismatched factors, offsets that do not cover the tokens, or experts out of
             range.
     """
-    check_factors(left, right)
-    check_offsets(offsets, left.shape[0])
-    check_blocks(ids, offsets.numel() - 1, 1, 1, 1)
-    check(ids.device == left.device, f"expert numbers on {ids.device}, factors on {left.device}")
-    if dispatch.takes(left):
-        from fastgrad_kernels import sparse_wgrad as kernel
-
-        reason = kernel.unsupported(left, right, ids, left.shape[1], right.shape[1])
-        if dispatch.kernel("expert_wgrad", left, reason):
-            return kernel.expert_wgrad(left, right, dispatch.moved(offsets, left.device), ids)
-    return cpu.expert_wgrad(left, right, offsets, ids)
+    return _experts("expert_wgrad", left, right, offsets, ids)
 
 
 @expert_wgrad.register_fake
 def _(left, right, offsets, ids):  # type: ignore[no-untyped-def]
     shape = (ids.shape[0], left.shape[1], right.shape[1])
     return left.new_empty(shape, dtype=accumulation_dtype(left))
+
+
+@torch.library.custom_op("fastgrad::expert_wgrad_add_", mutates_args=("packed",))
+def expert_wgrad_add_(
+    packed: Tensor, left: Tensor, right: Tensor, offsets: Tensor, ids: Tensor
+) -> None:
+    """:func:`expert_wgrad` that adds to ``packed`` in place.
+
+    Args:
+        packed: contiguous ``[n, rows, cols]``, float32 (float64 for float64 factors).
+
+    Raises:
+        ValueError: as :func:`expert_wgrad`, and for a ``packed`` that does not fit.
+    """
+    check_factors(left, right)
+    check_target(packed, (ids.numel(), left.shape[1], right.shape[1]), left)
+    _experts("expert_wgrad_add_", left, right, offsets, ids, packed)
+
+
+@expert_wgrad_add_.register_fake
+def _(packed, left, right, offsets, ids):  # type: ignore[no-untyped-def]
+    return None
 
 
 @torch.library.custom_op("fastgrad::grad_stats", mutates_args=())

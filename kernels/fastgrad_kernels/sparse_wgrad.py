@@ -311,6 +311,7 @@ def expert_wgrad(
     offsets: Tensor,
     ids: Tensor,
     *,
+    into: Tensor | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -318,6 +319,7 @@ def expert_wgrad(
 
     Args:
         left, right, offsets, ids: as in ``ops.expert_wgrad``.
+        into: contiguous packed float32 tensor to add to, in place; it is returned.
         tile: another tile than the default.
         splits: programs that share an expert's tokens; partial sums are added in order.
 
@@ -328,10 +330,11 @@ def expert_wgrad(
         raise ValueError(f"fastgrad_kernels: dtype {left.dtype}: the kernel accumulates in float32")
     shape = (left.shape[1], right.shape[1])
     if ids.numel() == 0 or 0 in shape:
-        return left.new_zeros(ids.numel(), *shape, dtype=torch.float32)
+        empty = left.new_zeros(ids.numel(), *shape, dtype=torch.float32)
+        return empty if into is None else into
     left = left if left.stride(1) == 1 else left.contiguous()
     right = right if right.stride(1) == 1 else right.contiguous()
-    return _launch(left, right, ids, shape, shape, None, tile, splits, offsets)
+    return _launch(left, right, ids, shape, shape, into, tile, splits, offsets)
 
 
 def _shipped() -> tuple[Shipped, ...]:
