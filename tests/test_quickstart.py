@@ -164,7 +164,7 @@ def test_one_more_rate_where_three_point_to(tried, expected):
 def test_all_control_arms_are_there():
     keys = [arm.key for arm in arms(Settings.full())]
     assert keys == ["full", "blueprint", "blueprint-tiles", "random-1", "random-2", "random-3",
-                    "last", "lora"]  # fmt: skip
+                    "embedding", "last", "lora"]  # fmt: skip
     assert [arm.key for arm in arms(FAST)] == keys
 
 
@@ -209,6 +209,9 @@ def test_an_arm_trains_what_it_says(prepared_spec, key):
     )
     assert changed <= ready.n_trained
     assert changed > 0.5 * ready.n_trained
+    if key == "embedding":
+        assert ready.selected["model.embed_tokens.weight"] == 1
+        assert len(ready.selected) > 1
     if key == "full":
         assert ready.n_trained == total
     else:
@@ -396,7 +399,10 @@ def test_fast_quickstart_end_to_end(tmp_path):
     assert full["gradient_bytes"] == 4 * record["n_parameters"]
     # two moments of four bytes and one step count per tensor
     assert full["state_bytes"] == 8 * record["n_parameters"] + 4 * len(full["selected"])
-    for key in ("blueprint", "blueprint-tiles", "random-1", "random-2", "random-3", "last"):
+    for key in (
+        *("blueprint", "blueprint-tiles", "random-1", "random-2", "random-3"),
+        *("embedding", "last"),
+    ):
         assert by_key[key]["n_trained"] <= 0.2 * record["n_parameters"]
         assert by_key[key]["gradient_bytes"] < 0.25 * full["gradient_bytes"]
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 import fastgrad as fg
+from fastgrad.blocks import BlockGrid
 from fastgrad.errors import FastgradError, MissingExtraError
 from fastgrad.identity import model_parameters
 from fastgrad.quickstart.settings import Spec
@@ -84,9 +86,21 @@ def choose(spec: Spec, model: nn.Module) -> fg.Selection:
     """The arm's selection: from the blueprint blended with the local sample, or from none."""
     arm = spec.arm
     source = blended(spec.model, spec.local) if arm.source == "blend" else None
-    return fg.select(
-        source, model=model, fraction=spec.fraction, blocks=arm.blocks, ranking=arm.ranking,
-        seed=spec.seed + arm.draw,
+    own = model_parameters(model)
+    kept = sum(own[name].numel() for name in arm.keep)
+    fraction = spec.fraction - kept / sum(p.numel() for p in own.values())
+    chosen = fg.select(
+        source, model=model, fraction=fraction, blocks=arm.blocks, ranking=arm.ranking,
+        seed=spec.seed + arm.draw, exclude=arm.keep or None,
+    )  # fmt: skip
+    if not arm.keep:
+        return chosen
+    whole = {n: np.arange(BlockGrid.of(own[n].shape, chosen.spec).n_blocks) for n in arm.keep}
+    found = {**chosen.blocks, **whole}
+    blocks = {name: found[name] for name in chosen.shapes if name in found}
+    return fg.Selection(
+        chosen.shapes, chosen.spec, blocks, chosen.weights_hash,
+        {**chosen.meta, "kept": list(arm.keep)},
     )  # fmt: skip
 
 

@@ -75,6 +75,7 @@ class Arm:
     ranking: str = "rms"
     blocks: str = "module"
     draw: int = 0
+    keep: tuple[str, ...] = ()  # parameters that are trained whatever the ranking says
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Spec:
     def from_json(cls, raw: dict[str, Any]) -> Spec:
         settings = {**raw["settings"], "rates": tuple(raw["settings"]["rates"])}
         return cls(
-            arm=Arm(**raw["arm"]),
+            arm=Arm(**{**raw["arm"], "keep": tuple(raw["arm"]["keep"])}),
             settings=Settings(**settings),
             seed=raw["seed"],
             fraction=raw["fraction"],
@@ -122,6 +123,9 @@ def arms(settings: Settings) -> list[Arm]:
             Arm(f"random-{d + 1}", f"random submodules {d + 1}", "sparse", None, "random", draw=d)
             for d in range(settings.draws)
         ),
+        # The blueprint always chooses the embedding; what is the rest of its choice worth?
+        Arm("embedding", "embedding + random submodules", "sparse", None, "random",
+            keep=("model.embed_tokens.weight",)),
         Arm("last", "last layers", "sparse", None, "last"),
         Arm("lora", "LoRA (peft)", "lora"),
     ]  # fmt: skip
