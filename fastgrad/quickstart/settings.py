@@ -124,7 +124,7 @@ def arms(settings: Settings) -> list[Arm]:
             for d in range(settings.draws)
         ),
         # The blueprint always chooses the embedding; what is the rest of its choice worth?
-        Arm("embedding", "embedding + random submodules", "sparse", None, "random",
+        Arm("embedding", "embedding + random", "sparse", None, "random",
             keep=("model.embed_tokens.weight",)),
         Arm("last", "last layers", "sparse", None, "last"),
         Arm("lora", "LoRA (peft)", "lora"),
