@@ -35,7 +35,9 @@ def check_all(facts):
 
 def check_products(f):
     small = "/16x16" in f.name  # less than one instruction of the newest units
-    if not small:
+    # Newer units take 32-bit factors only with tokens side by side, ours have features so: TF32
+    # turns them on the way to shared memory, 32 bits at a time.
+    if not small and "tf32" not in f.name:
         assert f.wide_loads, f"{f.name} on {f.target} has no 128-bit loads"
     if "fp32" in f.name:
         # float32 stays float32: no tf32 on the matrix units of an NVIDIA chip.

@@ -378,6 +378,18 @@ def test_form_is_chosen_by_shape():
     assert not wins[-1]
 
 
+def test_tf32_only_where_it_was_asked_for():
+    assert gram.precision(torch.float32) == "ieee"
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert gram.precision(torch.float32) == "tf32"
+        assert gram.precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert gram.precision(torch.float32) == "ieee"
+
+
 def test_sub_blocks_make_up_blocks_and_tiles_exactly():
     tile = Tile(128, 128, 64, 8, 4)
     for br, bc in ((128, 128), (256, 64), (1, 999), (999, 1), (48, 96), (1000, 1000)):

@@ -72,6 +72,19 @@ class Shipped:
     targets: tuple[str, ...] = TARGETS
 
 
+def in_tf32(entries: Iterable[Shipped]) -> tuple[Shipped, ...]:
+    """The float32 forms among ``entries`` as they are where PyTorch was told that TF32 will do."""
+    return tuple(
+        dataclasses.replace(
+            e,
+            name=e.name.replace("/fp32/", "/tf32/"),
+            constexprs={**e.constexprs, "PRECISION": "tf32"},
+        )
+        for e in entries
+        if "/fp32/" in e.name
+    )
+
+
 @dataclass(frozen=True)
 class Facts:
     """What the compiler made of one entry for one target."""

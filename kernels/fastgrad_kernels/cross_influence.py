@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrad_kernels import gram
-from fastgrad_kernels.compile_check import Shipped
+from fastgrad_kernels.compile_check import Shipped, in_tf32
 from fastgrad_kernels.configs import (
     ARCHS,
     FUSED_IN_MEMORY,
@@ -67,6 +67,7 @@ def cross_influence_kernel(  # type: ignore[no-untyped-def]
     WANT_GRAD: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     IN_MEMORY: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """With ``P_j = left[o_j:o_{j+1}]ᵀ right[o_j:o_{j+1}]`` for example j of this split:
@@ -136,7 +137,7 @@ def cross_influence_kernel(  # type: ignore[no-untyped-def]
         b = tl.load(right + at * right_stride + right_at, mine[:, None] & in_cols[None, :], 0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        part = tl.dot(a, b, part, input_precision="ieee")
+        part = tl.dot(a, b, part, input_precision=PRECISION)
         last = at + BK >= end
         if last:
             square = tl.reshape(part * part, (NR, SUB_R, NC, SUB_C))
@@ -331,6 +332,7 @@ def launch_fused(
                 WANT_GRAD=want_grad and first,
                 ACCUMULATE=accumulate,
                 IN_MEMORY=in_memory,
+                PRECISION=gram.precision(left.dtype),
                 UPCAST=gram.interpreting(),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
@@ -438,6 +440,7 @@ def _shipped() -> tuple[Shipped, ...]:
                     "WANT_GRAD": want_grad,
                     "ACCUMULATE": False,
                     "IN_MEMORY": tile.total == "memory",
+                    "PRECISION": "ieee",
                     "UPCAST": False,
                 }
                 out.append(
@@ -456,3 +459,4 @@ def _shipped() -> tuple[Shipped, ...]:
 
 
 SHIPPED = _shipped()
+SHIPPED += in_tf32(e for e in SHIPPED if "/grad/fp32" in e.name)

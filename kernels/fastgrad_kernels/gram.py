@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgrad_kernels.compile_check import Shipped
+from fastgrad_kernels.compile_check import Shipped, in_tf32
 from fastgrad_kernels.configs import (
     ARCHS,
     CHIPS,
@@ -34,10 +34,18 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are made: exactly, unless PyTorch was told that TF32 will do
+    (``torch.backends.cuda.matmul.fp32_precision`` or ``allow_tf32``), as its own products are."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
 @triton.jit
 def _block_product(  # type: ignore[no-untyped-def]
-    x, first, second, end, width, stride, BT: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr
-):
+    x, first, second, end, width, stride, BT: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """``x[first:first+BT] · x[second:second+BT]ᵀ``, rows at or beyond ``end`` as zeros."""
     t, k = tl.arange(0, BT), tl.arange(0, BK)
     a_at = t[:, None] * stride + k[None, :]
@@ -50,7 +58,7 @@ def _block_product(  # type: ignore[no-untyped-def]
         b = tl.load(x + second * stride + start + b_at, b_in & inside[:, None], 0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
 
@@ -66,6 +74,7 @@ def gram_kernel(  # type: ignore[no-untyped-def]
     right_stride,
     BT: tl.constexpr,
     BK: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``partial[j, p] = Σ over token-block pairs (s <= t) number p, p + P, p + 2P, … of example j
@@ -87,8 +96,10 @@ def gram_kernel(  # type: ignore[no-untyped-def]
         t = tl.where(t * (t + 1) // 2 > q, t - 1, t)
         s = q - t * (t + 1) // 2
         first, second = begin + s * BT, begin + t * BT
-        x = _block_product(left, first, second, end, n_rows, left_stride, BT, BK, UPCAST)
-        y = _block_product(right, first, second, end, n_cols, right_stride, BT, BK, UPCAST)
+        x = _block_product(left, first, second, end, n_rows, left_stride, BT, BK, PRECISION, UPCAST)
+        y = _block_product(
+            right, first, second, end, n_cols, right_stride, BT, BK, PRECISION, UPCAST
+        )
         result += tl.where(s == t, 1.0, 2.0) * tl.sum(x * y)
     tl.store(partial + j.to(tl.int64) * programs + p, result)
 
@@ -139,6 +150,7 @@ def gram_norms(
             right.stride(0),
             BT=tile.rows,
             BK=tile.depth,
+            PRECISION=precision(left.dtype),
             UPCAST=interpreting(),
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -189,7 +201,7 @@ def _shipped() -> tuple[Shipped, ...]:
                     f"gram/{short}/{tile.rows}x{tile.cols}x{tile.depth}",
                     gram_kernel,
                     pointers | dict.fromkeys(numbers, "i32"),
-                    {"BT": tile.rows, "BK": tile.depth, "UPCAST": False},
+                    {"BT": tile.rows, "BK": tile.depth, "PRECISION": "ieee", "UPCAST": False},
                     tile.warps,
                     tile.stages,
                     (*pointers, *numbers),
@@ -200,3 +212,4 @@ def _shipped() -> tuple[Shipped, ...]:
 
 
 SHIPPED = _shipped()
+SHIPPED += in_tf32(SHIPPED)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgrad_kernels.compile_check import Shipped
+from fastgrad_kernels.compile_check import Shipped, in_tf32
 from fastgrad_kernels.configs import (
     ARCHS,
     CHIPS,
@@ -23,7 +23,7 @@ from fastgrad_kernels.configs import (
     target,
     units,
 )
-from fastgrad_kernels.gram import DTYPES, interpreting
+from fastgrad_kernels.gram import DTYPES, interpreting, precision
 
 # Stripes thinner than a matrix instruction are gathered.
 THIN = 16
@@ -53,6 +53,7 @@ def sparse_wgrad_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``packed[split, i] = block ids[i] of left[s]ᵀ right[s]``, s the tokens of this split; added
@@ -104,7 +105,7 @@ def sparse_wgrad_kernel(  # type: ignore[no-untyped-def]
         b = tl.load(right + right_at, mine[:, None] & in_cols, 0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
         left += BK * left_stride.to(tl.int64)
         right += BK * right_stride.to(tl.int64)
 
@@ -224,6 +225,7 @@ def _launch(
             GROUP=tile.group,
             EXPERTS=offsets is not None,
             ACCUMULATE=accumulate,
+            PRECISION=precision(left.dtype),
             UPCAST=interpreting(),
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -355,6 +357,7 @@ def _shipped() -> tuple[Shipped, ...]:
                     "BK": tile.depth,
                     "GROUP": tile.group,
                     "ACCUMULATE": False,
+                    "PRECISION": "ieee",
                     "UPCAST": False,
                 }
                 for experts in (False, True) if size == 128 else (False,):
@@ -375,3 +378,4 @@ def _shipped() -> tuple[Shipped, ...]:
 
 
 SHIPPED = _shipped()
+SHIPPED += in_tf32(e for e in SHIPPED if "/128x" in e.name)
