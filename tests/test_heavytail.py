@@ -318,7 +318,11 @@ def brute_scan(x: Array) -> tuple[float, float, float]:
 
 @given(
     st.one_of(
-        st.lists(st.floats(1e-3, 1e3), min_size=6, max_size=120),
+        # Nine digits: values that differ in the last bit alone are one value to a logarithm, and
+        # so to the scan, but two to the definition.
+        st.lists(
+            st.floats(1e-3, 1e3).map(lambda v: float(f"{v:.9g}")), min_size=6, max_size=120
+        ),
         st.lists(st.integers(1, 12).map(float), min_size=6, max_size=120),  # many ties
     ).filter(lambda values: len(set(values)) >= 4)
 )
@@ -333,6 +337,15 @@ def test_pruned_scan_equals_the_full_search(values: list[float]) -> None:
     assert distance == pytest.approx(expected, abs=1e-9)
     if x[start] == xmin:
         assert 1.0 + slope == pytest.approx(exponent, rel=1e-9)
+
+
+def test_neighbouring_floats_are_ties_to_the_scan() -> None:
+    x = np.array([0.001, 0.001, np.nextafter(0.001, 1), 1.0, 1.0, 2.0])
+    assert ht._scan(np.log(x / x[-1])) is None  # three distinct values, not four
+    tied = np.array([0.001, 0.001, 0.001, 1.0, 3.0, 4.0])
+    apart = tied.copy()
+    apart[2] = np.nextafter(0.001, 1)
+    assert ht._scan(np.log(apart / 4)) == ht._scan(np.log(tied / 4))
 
 
 def powerlaw_fit(powerlaw: Any, x: Array) -> Any:
