@@ -269,9 +269,7 @@ def step(device: torch.device, rounds: int) -> Iterator[Row]:
         model(input_ids=ids, labels=ids).loss.backward()
 
     def probed(blocks: str, per_example: bool) -> Callable[[], object]:
-        probe = fg.Probe(
-            model, blocks, per_example=per_example, hash_weights=False, self_check=False
-        )
+        probe = fg.Probe(model, blocks, per_example=per_example, hash_weights=False)
 
         def run() -> None:
             with probe:

@@ -103,8 +103,9 @@ def keep_freed_memory() -> bool:
     """Ask the C library to keep freed memory instead of returning it; False if it cannot.
 
     Whether a buffer of many MiB comes back to the same pages or to fresh ones, which fault one by
-    one, depends on the heap's history and not on the step: on a 1 s step it moved ratios by 4
-    points in both directions. Call it before any contender runs, so that it holds for all alike.
+    one, depends on the heap's history and not on the step; ``bench/step_overhead.py
+    --system-malloc`` shows what that does. Call it before any contender runs, so that it holds
+    for all alike.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

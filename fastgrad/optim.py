@@ -130,7 +130,10 @@ class SparseAdamW(Optimizer):
         number: int,
     ) -> None:
         """One step of parameters of one device and dtype, the ``number``-th of these lists."""
-        states, device = [self._state(p) for p in params], params[0].device
+        states = [self._state(p) for p in params]
+        # Scalars lie where the update reads them: on a GPU, else on the host (some devices have
+        # no float64).
+        device = params[0].device if params[0].is_cuda else torch.device("cpu")
         targets, (beta1, beta2) = self._targets(params), group["betas"]
         rounding = group["stochastic_rounding"]
         # A step that is skipped for infinity writes nothing through.
@@ -152,8 +155,8 @@ class SparseAdamW(Optimizer):
             group["eps"],
             group["weight_decay"],
             group["maximize"],
-            None if scale is None else scale.to(device),
-            None if found is None else found.to(device),
+            None if scale is None else scale.to(params[0].device),
+            None if found is None else found.to(params[0].device),
             _scalar(group["seed"] + 1_000_003 * number, torch.int64, device) if rounding else None,
         )
         for p, (full, _), done in zip(params, targets, written, strict=False):

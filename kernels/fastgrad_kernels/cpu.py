@@ -33,7 +33,7 @@ from fastgrad_kernels.layout import (
 # cores at widths 512 to 8192; smaller tiles starve the matrix product.
 TILE_LIMIT = 1024
 # Up to this many columns a tile spans whole rows of the gradient. The first example's product
-# then goes straight into the gradient: 4 points less overhead at four examples of 512 tokens.
+# then goes straight into the gradient instead of being copied there.
 STRIPE_LIMIT = 2048
 # Break-even of the two forms, from timings of both at 32 to 512 tokens: the fused form costs
 # about 0.28 ns per weight element and example above the plain product, the Gram form about
@@ -159,7 +159,7 @@ def _fused(
             direct = (
                 None if directions is None else directions[:, r : r + h, c : c + w].to(left.dtype)
             )
-            # Views are made once per tile: at 16 examples they cost as much as the squared sums.
+            # Views of all examples at once: made one by one they cost as much as the squared sums.
             spare = scratch[: h * w].view(h, w)
             straight = target if target is not None and target.is_contiguous() else spare
             norms = left.new_zeros(n, -(-h * w // NORM_CHUNK)) if whole else None

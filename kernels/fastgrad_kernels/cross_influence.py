@@ -26,7 +26,7 @@ from fastgrad_kernels.configs import (
     target,
     units,
 )
-from fastgrad_kernels.dispatch import keep, moved, upload
+from fastgrad_kernels.dispatch import interpreted, keep, moved, upload
 from fastgrad_kernels.layout import block_sums
 
 # Directions handled by one launch, with a gradient and without: each is a tile of registers at
@@ -289,7 +289,7 @@ def launch_fused(
     # One split rounds as it stores; several are added in float32 first. The interpreter's own
     # cast to bfloat16 cuts off instead of rounding.
     in_memory = tile.total == "memory"
-    one_pass = splits == 1 and not in_memory and not gram.interpreting()
+    one_pass = splits == 1 and not in_memory and not interpreted()
     stored = grad_dtype if one_pass else torch.float32
     if not want_grad:
         partial = left.new_empty(0, dtype=stored)
@@ -333,7 +333,7 @@ def launch_fused(
                 ACCUMULATE=accumulate,
                 IN_MEMORY=in_memory,
                 PRECISION=gram.precision(left.dtype),
-                UPCAST=gram.interpreting(),
+                UPCAST=interpreted(),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )

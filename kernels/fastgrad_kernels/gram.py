@@ -25,13 +25,9 @@ from fastgrad_kernels.configs import (
     target,
     units,
 )
+from fastgrad_kernels.dispatch import interpreted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def interpreting() -> bool:
-    """True under TRITON_INTERPRET, whose dot product cannot take bfloat16."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -151,7 +147,7 @@ def gram_norms(
             BT=tile.rows,
             BK=tile.depth,
             PRECISION=precision(left.dtype),
-            UPCAST=interpreting(),
+            UPCAST=interpreted(),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -23,7 +23,8 @@ from fastgrad_kernels.configs import (
     target,
     units,
 )
-from fastgrad_kernels.gram import DTYPES, interpreting, precision
+from fastgrad_kernels.dispatch import interpreted
+from fastgrad_kernels.gram import DTYPES, precision
 
 # Stripes thinner than a matrix instruction are gathered.
 THIN = 16
@@ -226,7 +227,7 @@ def _launch(
             EXPERTS=offsets is not None,
             ACCUMULATE=accumulate,
             PRECISION=precision(left.dtype),
-            UPCAST=interpreting(),
+            UPCAST=interpreted(),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
