@@ -1,0 +1,1 @@
+"""A package, so that ``tests`` means this folder: kronfluence's wheel installs one of that name."""
