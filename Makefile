@@ -37,8 +37,9 @@ $(VENV)/.user: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt oracles.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots,test,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r oracles.txt
 	@touch $@ $(VENV)/.user
 
 clean:
