@@ -4,13 +4,16 @@ Every parameter is looked at as a matrix: its leading dimension indexes rows, al
 together index columns. A :class:`BlockGrid` lays a regular grid over that matrix. Blocks are
 numbered row by row. Blocks at the lower and right edge may be smaller than the block shape;
 packed tensors pad them with zeros, which no optimizer moves.
+
+Statistics, selections and files say the granularity of their parameters in two fields: ``spec``
+for all, and ``specs`` for those that differ. The functions below read that pair in one way.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +24,7 @@ from fastgrad.errors import BlockSpecError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_TILE = re.compile(r"^([1-9]\d*)x([1-9]\d*)$")
+_TILE = re.compile(r"^([1-9]\d{0,17}|\*)x([1-9]\d{0,17}|\*)$", re.ASCII)
 NAMED_SPECS = ("module", "row", "column", "expert")
 
 
@@ -29,15 +32,65 @@ def check_spec(spec: str) -> str:
     """Return ``spec`` if it names a granularity.
 
     Raises:
-        BlockSpecError: for anything but ``module``, ``row``, ``column``, ``expert`` or a tile
-            such as ``128x128``.
+        BlockSpecError: for anything but ``module``, ``row``, ``column``, ``expert``, a tile
+            such as ``128x128`` or a stripe such as ``64x*`` (64 rows, all columns).
     """
-    if isinstance(spec, str) and (spec in NAMED_SPECS or _TILE.fullmatch(spec)):
+    if isinstance(spec, str) and (spec in NAMED_SPECS or _TILE.fullmatch(spec)) and spec != "*x*":
         return spec
     raise BlockSpecError(
-        f"unknown block granularity {spec!r}; use one of {', '.join(NAMED_SPECS)}, "
-        "or a tile size such as '128x128'"
+        f"unknown block granularity {spec!r}; use one of {', '.join(NAMED_SPECS)}, a tile size "
+        "such as '128x128' or a stripe such as '64x*'"
+        + (
+            ". Heads depend on the model: fastgrad.granularity.resolve(model, 'head') says which "
+            "stripes they are"
+            if spec == "head"
+            else "; a whole parameter is 'module'"
+            if spec == "*x*"
+            else ""
+        )
     )
+
+
+def check_specs(specs: object, names: Iterable[str]) -> dict[str, str]:
+    """``specs`` if it maps some of ``names`` to granularities.
+
+    Raises:
+        BlockSpecError: naming what does not fit.
+    """
+    if not isinstance(specs, Mapping):
+        raise BlockSpecError(f"granularities by name are a mapping, not {type(specs).__name__}")
+    if unknown := set(specs) - set(names):
+        raise BlockSpecError(
+            f"a granularity is given for {min(map(str, unknown))!r}, which is no parameter here"
+        )
+    return {name: check_spec(spec) for name, spec in specs.items()}
+
+
+def grid_of(
+    name: str, shape: Sequence[int], spec: str, specs: Mapping[str, str] | None
+) -> BlockGrid:
+    """The grid of the parameter ``name``: its own granularity if it has one, else ``spec``."""
+    return BlockGrid.of(shape, (specs or {}).get(name, spec))
+
+
+def condensed(by_name: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """``(spec, specs)`` that say the same: one granularity if all agree, else ``module`` and
+    those that differ from it."""
+    found = set(by_name.values())
+    if len(found) == 1:
+        return found.pop(), {}
+    return "module", {name: spec for name, spec in by_name.items() if spec != "module"}
+
+
+def in_words(spec: str, specs: Mapping[str, str] | None) -> str:
+    """A pair of fields for a reader: ``module (24 parameters 64x*, 12 parameters *x64)``."""
+    counts: dict[str, int] = {}
+    for own in (specs or {}).values():
+        counts[own] = counts.get(own, 0) + 1
+    shown = sorted(counts.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{n} parameter{'s' * (n > 1)} {own}" for own, n in shown[:4])
+    rest = sum(n for _, n in shown[4:])
+    return spec + (f" ({listed}{f', {rest} others' if rest else ''})" if shown else "")
 
 
 @dataclass(frozen=True)
@@ -46,7 +99,8 @@ class BlockGrid:
 
     Attributes:
         shape: the parameter's shape.
-        spec: the granularity asked for: ``module``, ``row``, ``column``, ``expert``, ``RxC``.
+        spec: the granularity asked for: ``module``, ``row``, ``column``, ``expert``, ``RxC``;
+            ``Rx*`` and ``*xC`` are stripes of whole rows and columns.
         rows, cols: size of the matrix view (leading dimension, product of the others).
         block_rows, block_cols: size of a full block.
 
@@ -81,7 +135,8 @@ class BlockGrid:
                 block_cols = 1
             elif match := _TILE.match(spec):
                 block_rows, block_cols = (
-                    min(int(g), n) for g, n in zip(match.groups(), (rows, cols), strict=True)
+                    n if g == "*" else min(int(g), n)
+                    for g, n in zip(match.groups(), (rows, cols), strict=True)
                 )
         return cls(shape, spec, rows, cols, max(block_rows, 1), max(block_cols, 1))
 
@@ -105,6 +160,14 @@ class BlockGrid:
     def is_whole(self) -> bool:
         """True if the whole parameter is one block."""
         return self.n_blocks == 1
+
+    def same_blocks(self, other: BlockGrid) -> bool:
+        """True if both divide alike, however it was said (``row`` and ``1x*``)."""
+        return (self.shape, self.block_rows, self.block_cols) == (
+            other.shape,
+            other.block_rows,
+            other.block_cols,
+        )
 
     def bounds(self, block: int) -> tuple[int, int, int, int]:
         """Half-open matrix ranges ``(row0, row1, col0, col1)`` of one block."""

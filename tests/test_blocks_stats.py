@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastgrad as fg
-from fastgrad.blocks import BlockGrid
+from fastgrad.blocks import BlockGrid, check_specs, condensed, grid_of, in_words
 from fastgrad.errors import BlockSpecError, StatsError
 from tests.models import MODELS, batch_of, randomised
 
@@ -20,6 +20,8 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
 specs = st.one_of(
     st.sampled_from(["module", "row", "column", "expert"]),
     st.tuples(st.integers(1, 12), st.integers(1, 12)).map(lambda t: f"{t[0]}x{t[1]}"),
+    st.integers(1, 12).map(lambda n: f"{n}x*"),
+    st.integers(1, 12).map(lambda n: f"*x{n}"),
 )
 
 
@@ -48,7 +50,7 @@ def test_grids_of_each_granularity():
     assert BlockGrid.of((6, 4), "expert").n_blocks == 1
     assert BlockGrid.of((6, 4, 5), "expert").n_blocks == 6
     assert BlockGrid.of((6, 4, 5), "2x10").n_blocks == 6
-    for bad in ("tile", "0x4", "4x", "-1x2", "", "4x4x4"):
+    for bad in ("tile", "0x4", "4x", "-1x2", "", "4x4x4", "*x*", "x*", "0x*", "*", "head", 4):
         with pytest.raises(BlockSpecError, match="unknown block granularity"):
             BlockGrid.of((6, 4), bad)
     grid = BlockGrid.of((6, 4), "row")
@@ -58,6 +60,45 @@ def test_grids_of_each_granularity():
         grid.check_ids([6], "w")
     with pytest.raises(BlockSpecError, match="outside"):
         grid.bounds(6)
+
+
+def test_stripes():
+    rows, cols = BlockGrid.of((7, 4), "3x*"), BlockGrid.of((7, 4), "*x3")
+    assert [rows.bounds(i) for i in range(3)] == [(0, 3, 0, 4), (3, 6, 0, 4), (6, 7, 0, 4)]
+    assert rows.sizes().tolist() == [12, 12, 4]
+    assert [cols.bounds(i) for i in range(2)] == [(0, 7, 0, 3), (0, 7, 3, 4)]
+    assert BlockGrid.of((7, 4), "9x*").is_whole
+    assert BlockGrid.of((5, 2, 3), "*x3").n_blocks == 2
+    assert BlockGrid.of((6, 4), "row").same_blocks(BlockGrid.of((6, 4), "1x*"))
+    assert not rows.same_blocks(cols)
+    with pytest.raises(BlockSpecError, match="a whole parameter is 'module'"):
+        BlockGrid.of((6, 4), "*x*")
+    with pytest.raises(BlockSpecError, match=r"granularity\.resolve\(model, 'head'\)"):
+        BlockGrid.of((6, 4), "head")
+
+
+@given(st.dictionaries(st.text(), specs, min_size=1))
+def test_one_granularity_for_all_and_others_by_name(by_name):
+    spec, differing = condensed(by_name)
+    shape = (6, 4)
+    for name, own in by_name.items():
+        assert grid_of(name, shape, spec, differing) == BlockGrid.of(shape, own)
+    assert check_specs(differing, by_name) == differing
+    assert all(own != spec for own in differing.values())
+
+
+def test_granularities_by_name_are_checked_and_told():
+    assert in_words("row", None) == "row"
+    told = in_words("module", {"a": "2x*", "b": "2x*", "c": "*x2"})
+    assert told == "module (2 parameters 2x*, 1 parameter *x2)"
+    many = {str(i): f"{i + 1}x*" for i in range(6)}
+    assert in_words("module", many).endswith("1 parameter 4x*, 2 others)")
+    with pytest.raises(BlockSpecError, match="'b', which is no parameter"):
+        check_specs({"b": "row"}, ["a"])
+    with pytest.raises(BlockSpecError, match="unknown block granularity"):
+        check_specs({"a": "rows"}, ["a"])
+    with pytest.raises(BlockSpecError, match="are a mapping, not list"):
+        check_specs(["row"], ["a"])
 
 
 def probed(model, seeds, **kwargs):
@@ -91,7 +132,7 @@ def test_merge_is_exact_and_round_trips(tmp_path):
 def test_blocks_add_up_to_the_module():
     model = randomised(MODELS["gpt2"])
     whole = probed(model, [1])
-    for spec in ("row", "column", "8x8", "100x3"):
+    for spec in ("row", "column", "8x8", "100x3", "5x*", "*x7"):
         stats = probed(model, [1], blocks=spec)
         np.testing.assert_allclose(stats.T, whole.T, rtol=1e-4, atol=1e-6)
         for p, name in enumerate(stats.names):
