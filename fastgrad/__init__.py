@@ -21,6 +21,8 @@ _PUBLIC = {
     "Partial": "partial",
     "Probe": "probe",
     "Selection": "selection",
+    "ShardReader": "stats_shards",
+    "ShardWriter": "stats_shards",
     "SparseAdamW": "optim",
     "k_star": "resources",
     "load_delta": "delta",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from fastgrad.selection import select as select
     from fastgrad.stats import Coverage as Coverage
     from fastgrad.stats import GradientStats as GradientStats
+    from fastgrad.stats_shards import ShardReader as ShardReader
+    from fastgrad.stats_shards import ShardWriter as ShardWriter
 
 
 def __getattr__(name: str) -> Any:

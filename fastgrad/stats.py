@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from fastgrad.blocks import BlockGrid, check_spec
+from fastgrad.blocks import BlockGrid, check_spec, check_specs, grid_of
 from fastgrad.errors import StatsError
-from fastgrad.files import atomic_path
 
 Array = NDArray[np.float64]
 Scale = Literal["contribution", "example_mean", "example_sum"]
-FORMAT = "fastgrad.stats/1"
+_RUNNING: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # stands for "number them"
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class GradientStats:
         names: parameter names as ``model.named_parameters()`` has them, P of them.
         shapes: their shapes.
         spec: block granularity, see :class:`fastgrad.blocks.BlockGrid`.
+        specs: parameter name -> granularity, for those that differ from ``spec``.
         sq: ``[P, E]`` squared norm of example e's *contribution* to the gradient of its batch
             loss, exactly as autograd has it. NaN where coverage is missing.
         batch: ``[E]`` number of the backward pass that example e belonged to.
@@ -58,6 +57,9 @@ class GradientStats:
         directions: names of the K directions.
         coverage_list: one :class:`Coverage` per parameter of the model, probed or not.
         meta: model hash, class, dtype, loss reduction and the like; JSON values only.
+        example_ids: int64 ``[E]``; 0, 1, ... in the order measured if none were given.
+        running_ids: the ids are such running numbers, so that a merge numbers on.
+        unloaded: parameters whose block detail was left on disk by :meth:`load`.
     """
 
     names: list[str]
@@ -76,6 +78,17 @@ class GradientStats:
     alignment_by_direction: Array = field(default_factory=lambda: np.zeros((0, 0, 0)))
     coverage_list: list[Coverage] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    specs: dict[str, str] = field(default_factory=dict)
+    example_ids: NDArray[np.int64] = field(default_factory=lambda: _RUNNING)
+    running_ids: bool = False
+    unloaded: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.example_ids is _RUNNING:
+            self.example_ids = np.arange(self.batch.size, dtype=np.int64)
+            self.running_ids = True
+        if not self.directions and self.alignment_by_direction.size == 0:
+            self.alignment_by_direction = np.zeros((0, len(self.names), self.batch.size))
 
     def _validate(self) -> None:
         """Everything that was read fits together.
@@ -91,12 +104,14 @@ class GradientStats:
         if not isinstance(self.meta, dict):
             raise ValueError("meta is not a mapping")
         check_spec(self.spec)
+        check_specs(self.specs, self.names)
         if {c.status for c in self.coverage_list} - {"exact", "unused", "frozen", "missing"}:
             raise ValueError("an unknown coverage status")
         p, e, n = len(self.names), self.batch.size, self.batch_sq.shape[-1]
         expected = {
             "sq": (p, e),
             "batch": (e,),
+            "example_ids": (e,),
             "label_tokens": (e,),
             "mean_factor": (e,),
             "sum_factor": (e,),
@@ -107,6 +122,10 @@ class GradientStats:
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected {shape}")
+        if self.example_ids.dtype != np.int64 or (
+            self.running_ids and not np.array_equal(self.example_ids, np.arange(e))
+        ):
+            raise ValueError("example_ids are not whole numbers, or not the running ones")
         if len(self.shapes) != p or (e and not 0 <= self.batch.min() <= self.batch.max() < n):
             raise ValueError("shapes or batch numbers do not fit the names and passes")
         for kept, width in ((self.block_sq, (e,)), (self.block_batch_sq, ())):
@@ -146,7 +165,8 @@ class GradientStats:
             raise StatsError(f"{name!r} was not probed; known names: {_some(self.names)}") from None
 
     def grid(self, name: str) -> BlockGrid:
-        return BlockGrid.of(self.shapes[self.index(name)], self.spec)
+        """How a parameter divides into blocks."""
+        return grid_of(name, self.shapes[self.index(name)], self.spec, self.specs)
 
     # -- influence -----------------------------------------------------------------------
 
@@ -183,6 +203,11 @@ class GradientStats:
             return np.sqrt(self.block_sq[name].astype(np.float64)) * self._factor(scale)
         if self.grid(name).is_whole:
             return self.influence(scale)[row : row + 1]
+        if name in self.unloaded:
+            raise StatsError(
+                f"the block detail of {name} was left on disk. Remedy: "
+                f"GradientStats.load(path, blocks=[{name!r}])"
+            )
         raise StatsError(f"no block detail was kept for {name}; probe with a detail pattern for it")
 
     def _factor(self, scale: Scale) -> Array:
@@ -317,136 +342,99 @@ class GradientStats:
             values.append(spearmanr(a[known], b[known]).statistic)
         return float(np.mean(values))
 
-    # -- merge, save, load ---------------------------------------------------------------
+    # -- order, merge, save, load --------------------------------------------------------
 
-    def merge(self, other: GradientStats) -> GradientStats:
-        """Both measurements as one; exact, because raw sums are kept.
+    def reordered(self, order: Sequence[int] | NDArray[np.int64]) -> GradientStats:
+        """The same measurement with the examples in another order: column k is ``order[k]``.
 
         Raises:
-            StatsError: if the two were not made on the same parameters, blocks and weights.
+            StatsError: if ``order`` is not a permutation of the examples.
         """
-        for what, a, b in (
-            ("parameters", self.names, other.names),
-            ("shapes", self.shapes, other.shapes),
-            ("block granularity", self.spec, other.spec),
-            ("weights (hash)", self.meta.get("weights_hash"), other.meta.get("weights_hash")),
-            ("directions", self.directions, other.directions),
-            ("loss reduction", self.meta.get("loss_reduction"), other.meta.get("loss_reduction")),
-            ("block detail", sorted(self.block_sq), sorted(other.block_sq)),
-            ("kinds (with and without examples)", self.n_examples > 0, other.n_examples > 0),
-        ):
-            if a != b:
-                raise StatsError(
-                    f"cannot merge statistics of different {what}: {_some(a)} and {_some(b)}"
-                )
-        worst = {c.name: c for c in self.coverage_list}
-        for c in other.coverage_list:
-            rank = ("frozen", "unused", "exact", "missing")
-            if c.name not in worst or rank.index(c.status) > rank.index(worst[c.name].status):
-                worst[c.name] = c
-        return GradientStats(
-            names=list(self.names),
-            shapes=list(self.shapes),
-            spec=self.spec,
-            sq=np.concatenate([self.sq, other.sq], 1),
-            batch=np.concatenate([self.batch, other.batch + self.n_batches]),
-            label_tokens=np.concatenate([self.label_tokens, other.label_tokens]),
-            mean_factor=np.concatenate([self.mean_factor, other.mean_factor]),
-            sum_factor=np.concatenate([self.sum_factor, other.sum_factor]),
-            batch_sq=np.concatenate([self.batch_sq, other.batch_sq], 1),
-            weight_sq=self.weight_sq.copy(),
-            block_sq={
-                n: np.concatenate([v, other.block_sq[n]], 1) for n, v in self.block_sq.items()
-            },
-            block_batch_sq={n: v + other.block_batch_sq[n] for n, v in self.block_batch_sq.items()},
-            directions=list(self.directions),
-            alignment_by_direction=np.concatenate(
-                [self.alignment_by_direction, other.alignment_by_direction], 2
-            ),
-            coverage_list=list(worst.values()),
-            meta=dict(self.meta),
+        index = np.asarray(order)
+        whole = index.size == 0 or np.issubdtype(index.dtype, np.integer)
+        if not whole or not np.array_equal(np.sort(index), np.arange(self.n_examples)):
+            raise StatsError(
+                f"an order of the examples names each of 0..{self.n_examples - 1} once"
+            )
+        index = index.astype(np.int64)
+        moved = {n: getattr(self, n)[..., index] for n in PER_EXAMPLE}
+        return replace(
+            self,
+            block_sq={n: v[:, index] for n, v in self.block_sq.items()},
+            running_ids=self.running_ids and np.array_equal(index, np.arange(index.size)),
+            **moved,
         )
+
+    def sorted_by_example(self) -> GradientStats:
+        """The same measurement in the order of the example ids; equal ids keep their order.
+
+        Measurements of several processes, merged, come out as one process would have made them.
+        """
+        return self.reordered(np.argsort(self.example_ids, kind="stable"))
+
+    def merge(self, other: GradientStats) -> GradientStats:
+        """Both measurements as one; exact, because raw sums are kept. See :meth:`concat`."""
+        return GradientStats.concat([self, other])
+
+    @staticmethod
+    def concat(pieces: Sequence[GradientStats]) -> GradientStats:
+        """Several measurements as one, in their order; exact, because raw sums are kept.
+
+        Costs one copy of each. Running example numbers go on from piece to piece; ids that were
+        given stay what they are. What is missing (see :class:`Coverage`) in one piece is missing
+        in the whole.
+
+        Raises:
+            StatsError: for no piece, or if they were not all made on the same parameters, blocks
+                and weights.
+        """
+        from fastgrad.stats_merge import joined
+
+        pieces = list(pieces)
+        if not pieces:
+            raise StatsError("there are no statistics to merge")
+        n_examples = sum(p.n_examples for p in pieces)
+        return joined(pieces, n_examples, sum(p.n_batches for p in pieces))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically; metadata as JSON in its header."""
-        from safetensors.numpy import save_file
+        from fastgrad.stats_files import write
 
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        arrays |= {f"block_sq/{n}": np.ascontiguousarray(v) for n, v in self.block_sq.items()}
-        arrays |= {f"block_batch_sq/{n}": v for n, v in self.block_batch_sq.items()}
-        header = {
-            "format": FORMAT,
-            "names": self.names,
-            "shapes": self.shapes,
-            "spec": self.spec,
-            "directions": self.directions,
-            "coverage": [asdict(c) for c in self.coverage_list],
-            "meta": self.meta,
-        }
-        with atomic_path(path) as temporary:
-            save_file(arrays, temporary, metadata={"fastgrad": json.dumps(header)})
+        write(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> GradientStats:
-        """Read what :meth:`save` wrote.
+    def load(
+        cls, path: str | os.PathLike[str], blocks: bool | Sequence[str] = True
+    ) -> GradientStats:
+        """Read what :meth:`save` or :class:`fastgrad.ShardWriter` wrote.
+
+        Args:
+            path: a file, or the folder of a shard writer, which is read as one measurement.
+            blocks: which per-example block detail to read: all, none (False), or name patterns
+                (``fnmatch``). What is left out is not read from the disk at all.
 
         Raises:
-            StatsError: if the file is missing, damaged, or of another format.
+            StatsError: if a file is missing, damaged, or of another format, or a pattern matches
+                no parameter with block detail.
         """
-        from safetensors import SafetensorError, safe_open
+        from fastgrad.stats_files import read
+        from fastgrad.stats_shards import ShardReader
 
-        try:
-            with safe_open(os.fspath(path), framework="np") as file:
-                header = json.loads((file.metadata() or {})["fastgrad"])
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if header["format"] != FORMAT:
-                raise StatsError(
-                    f"{path} has format {header['format']!r}, this version reads {FORMAT!r}"
-                )
-            stats = cls(
-                names=header["names"],
-                shapes=[tuple(s) for s in header["shapes"]],
-                spec=header["spec"],
-                directions=header["directions"],
-                coverage_list=[Coverage(**c) for c in header["coverage"]],
-                meta=header["meta"],
-                block_sq=_below(arrays, "block_sq/"),
-                block_batch_sq=_below(arrays, "block_batch_sq/"),
-                **{name: arrays[name] for name in _ARRAYS},
-            )
-            stats._validate()
-            return stats
-        except FileNotFoundError:
-            raise StatsError(f"no statistics file at {path}") from None
-        except (
-            SafetensorError,
-            KeyError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            AttributeError,
-            RecursionError,
-            OSError,
-        ) as error:
-            if isinstance(error, StatsError):
-                raise
-            raise StatsError(f"{path} is damaged or no statistics file: {error}") from error
+        if os.path.isdir(path):
+            return ShardReader(path).load(blocks)
+        return read(path, blocks)
 
 
-_ARRAYS = (
+#: Arrays of which the last dimension counts the examples.
+PER_EXAMPLE = (
     "sq",
     "batch",
     "label_tokens",
     "mean_factor",
     "sum_factor",
-    "batch_sq",
-    "weight_sq",
     "alignment_by_direction",
+    "example_ids",
 )
-
-
-def _below(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def _some(value: object) -> str:

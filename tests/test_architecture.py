@@ -19,7 +19,7 @@ RANKS: list[set[str]] = [
     {"files", "identity", "blocks", "transfer"},
     {"ownership", "tap_functions", "probe_arguments"},
     {"taps", "records", "batches"},
-    {"stats"},
+    {"stats", "stats_merge", "stats_files", "stats_shards"},
     {"concentration"},
     {"probe", "heavytail", "resources"},
     {"ranking", "blueprint_schema", "selection"},
