@@ -51,7 +51,7 @@ class Reference:
 
 
 def check(case: Case, scenario: str) -> Outcome:
-    setting = SCENARIOS[scenario](case)
+    setting = SCENARIOS[scenario].prepare(case)
     if setting is None:
         return Outcome("–")
     try:

@@ -45,13 +45,21 @@ class Setting:
 
 
 Prepare = Callable[[Case], Setting | None]
-SCENARIOS: dict[str, Prepare] = {}
-MEANING: dict[str, str] = {}
 
 
-def scenario(name: str, meaning: str) -> Callable[[Prepare], Prepare]:
+@dataclass(frozen=True)
+class Scenario:
+    group: str  # what is peculiar: the "data" or the "training"
+    meaning: str
+    prepare: Prepare
+
+
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(group: str, name: str, meaning: str) -> Callable[[Prepare], Prepare]:
     def register(prepare: Prepare) -> Prepare:
-        SCENARIOS[name], MEANING[name] = prepare, meaning
+        SCENARIOS[name] = Scenario(group, meaning, prepare)
         return prepare
 
     return register
@@ -72,22 +80,22 @@ def accepts(model: nn.Module, argument: str) -> bool:
 # -- data ------------------------------------------------------------------------------------
 
 
-@scenario("plain", "three examples of one length")
+@scenario("data", "plain", "three examples of one length")
 def plain(case: Case) -> Setting:
     return rows(case.make(), case.batch(3, 1))
 
 
-@scenario("row blocks", "the same, with the norm of each row of each parameter")
+@scenario("data", "row blocks", "the same, with the norm of each row of each parameter")
 def row_blocks(case: Case) -> Setting:
     return rows(case.make(), case.batch(3, 1), blocks="row")
 
 
-@scenario("one example", "a batch of one")
+@scenario("data", "one example", "a batch of one")
 def one(case: Case) -> Setting:
     return rows(case.make(), case.batch(1, 1))
 
 
-@scenario("square", "as many examples as tokens (or patches), so that no size tells them apart")
+@scenario("data", "square", "as many examples as tokens (or patches): no size tells them apart")
 def square(case: Case) -> Setting:
     probe = case.batch(1, 1)
     tokens = probe.get("input_ids", probe["labels"])
@@ -97,27 +105,27 @@ def square(case: Case) -> Setting:
 def _padded(case: Case, side: str) -> Setting | None:
     """Rows of different lengths; labels too where they have a length of their own."""
     batch = case.batch(3, 1)
-    if "input_ids" not in batch:
+    if "attention_mask" not in batch or (case.family == "audio" and side == "left"):
         return None
-    for j in range(3):
-        for key, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-            short = 2 * j
-            out = slice(batch[key].shape[1] - short, None) if side == "right" else slice(0, short)
-            batch[key][j, out] = filler
+    for key, values in batch.items():
+        for j in range(3):
+            short = j * values.shape[1] // 5
+            out = slice(values.shape[1] - short, None) if side == "right" else slice(0, short)
+            values[j, out] = -100 if key == "labels" else 0
     return rows(case.make(), batch)
 
 
-@scenario("right padding", "rows of different lengths, padded behind")
+@scenario("data", "right padding", "rows of different lengths, padded behind")
 def right_padding(case: Case) -> Setting | None:
     return _padded(case, "right")
 
 
-@scenario("left padding", "the same, padded in front")
+@scenario("data", "left padding", "the same, padded in front")
 def left_padding(case: Case) -> Setting | None:
     return _padded(case, "left")
 
 
-@scenario("masked labels", "labels of a prompt at -100, of different length in each row")
+@scenario("data", "masked labels", "labels of a prompt at -100, of different length in each row")
 def masked_labels(case: Case) -> Setting | None:
     batch = case.batch(3, 1)
     if batch["labels"].ndim < 2:
@@ -127,7 +135,7 @@ def masked_labels(case: Case) -> Setting | None:
     return rows(case.make(), batch)
 
 
-@scenario("no labels", "one row has no label at all: it contributes nothing")
+@scenario("data", "no labels", "one row has no label at all: it contributes nothing")
 def no_labels(case: Case) -> Setting | None:
     batch = case.batch(3, 1)
     if batch["labels"].ndim < 2 or case.reduction != "token_mean":
@@ -136,7 +144,7 @@ def no_labels(case: Case) -> Setting | None:
     return rows(case.make(), batch)
 
 
-@scenario("two forwards", "two forward passes of different size before one backward pass")
+@scenario("data", "two forwards", "two forward passes of different size before one backward pass")
 def two_forwards(case: Case) -> Setting:
     return rows(case.make(), case.batch(3, 1), case.batch(2, 2))
 
@@ -163,17 +171,17 @@ def _packed(case: Case, lengths: Sequence[Sequence[int]]) -> Setting | None:
     return Setting(model, [batch], [alone])
 
 
-@scenario("packed", "all examples in one row, told apart by position_ids that start again")
+@scenario("data", "packed", "all examples in one row, told apart by position_ids that start again")
 def packed(case: Case) -> Setting | None:
     return _packed(case, [(9, 7, 4)])
 
 
-@scenario("packed rows", "two such rows of the same length")
+@scenario("data", "packed rows", "two such rows of the same length")
 def packed_rows(case: Case) -> Setting | None:
     return _packed(case, [(9, 3), (5, 4, 3)])
 
 
-@scenario("inputs_embeds", "the caller looked the embeddings up")
+@scenario("data", "inputs_embeds", "the caller looked the embeddings up")
 def inputs_embeds(case: Case) -> Setting | None:
     model, batch = case.make(), case.batch(3, 1)
     if "input_ids" not in batch or not accepts(model, "inputs_embeds"):
@@ -186,7 +194,7 @@ def inputs_embeds(case: Case) -> Setting | None:
 # -- training --------------------------------------------------------------------------------
 
 
-@scenario("eval", "model.eval()")
+@scenario("training", "eval", "model.eval()")
 def evaluation(case: Case) -> Setting:
     return rows(case.make().eval(), case.batch(3, 1))
 
@@ -200,17 +208,17 @@ def _checkpointed(case: Case, reentrant: bool) -> Setting | None:
     return rows(model, case.batch(3, 1))
 
 
-@scenario("checkpoint", "activation checkpointing, not reentrant")
+@scenario("training", "checkpoint", "activation checkpointing, not reentrant")
 def checkpoint(case: Case) -> Setting | None:
     return _checkpointed(case, reentrant=False)
 
 
-@scenario("reentrant", "activation checkpointing, reentrant")
+@scenario("training", "reentrant", "activation checkpointing, reentrant")
 def reentrant(case: Case) -> Setting | None:
     return _checkpointed(case, reentrant=True)
 
 
-@scenario("autocast", "torch.autocast to bfloat16")
+@scenario("training", "autocast", "torch.autocast to bfloat16")
 def autocast(case: Case) -> Setting:
     def context() -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16)
@@ -221,7 +229,7 @@ def autocast(case: Case) -> Setting:
     )
 
 
-@scenario("bfloat16", "weights in bfloat16")
+@scenario("training", "bfloat16", "weights in bfloat16")
 def bfloat16(case: Case) -> Setting:
     model = case.make().bfloat16()
     batch = {
@@ -232,7 +240,7 @@ def bfloat16(case: Case) -> Setting:
     return rows(model, batch, tolerance=BF16, unrounded=unrounded)
 
 
-@scenario("LoRA", "peft adapters on all linear layers, the rest frozen")
+@scenario("training", "LoRA", "peft adapters on all linear layers, the rest frozen")
 def lora(case: Case) -> Setting:
     # peft refuses the layers of a state space model that its fused kernels read directly
     layers = ["in_proj"] if case.family == "ssm" else "all-linear"

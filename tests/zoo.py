@@ -77,7 +77,9 @@ def log_mel(n: int, seed: int) -> dict[str, Tensor]:
 def waveform(n: int, seed: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(4, VOCAB, (n, 5), generator=g)
-    return {"input_values": torch.randn(n, 220, generator=g), "labels": labels}
+    sound = torch.randn(n, 220, generator=g)
+    mask = torch.ones(n, 220, dtype=torch.int64)
+    return {"input_values": sound, "attention_mask": mask, "labels": labels}
 
 
 # -- configurations --------------------------------------------------------------------------
