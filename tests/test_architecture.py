@@ -20,7 +20,7 @@ RANKS: list[set[str]] = [
     {"ownership", "tap_functions", "probe_arguments"},
     {"taps", "records", "batches"},
     {"stats", "stats_merge", "stats_files", "stats_shards"},
-    {"concentration"},
+    {"concentration", "heads", "granularity"},
     {"probe", "heavytail", "resources"},
     {"ranking", "blueprint_schema", "selection"},
     {"blueprint_make", "staleness", "packed", "optim", "planner", "meter"},
