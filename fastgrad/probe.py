@@ -29,13 +29,13 @@ from fastgrad.batches import (
     input_tensors,
     label_tokens,
     output_tensors,
-    refuse_packed,
+    packed_owner,
     shifts_labels,
 )
 from fastgrad.blocks import BlockGrid, check_spec
 from fastgrad.errors import CoverageError, NonFiniteGradientError, ProbeError
 from fastgrad.identity import PACKED_SUFFIX, model_parameters, unwrapped, weights_hash
-from fastgrad.ownership import NONE, mark
+from fastgrad.ownership import NOBODY, Mark, mark
 from fastgrad.probe_arguments import (
     Direction,
     check_patterns,
@@ -50,6 +50,10 @@ from fastgrad.taps import TapMode
 from fastgrad.transfer import Transfer
 from fastgrad_kernels import ops
 from fastgrad_kernels.layout import matrix_view, sum_of_squares
+
+# Per-example gradients of parameters without a cheaper form are kept until the end of the backward
+# pass, [n_examples, *shape]: 64 MiB in float32. Above that it is no longer "almost free".
+DENSE_LIMIT = 1 << 24
 
 
 class _Arrival(NamedTuple):
@@ -92,6 +96,10 @@ class Probe:
             counted in ``stats.meta["skipped_batches"]``).
         hash_weights: keep the content hash of the weights in the statistics, so that they can
             be matched with a model later. Reads all weights once.
+        dense_limit: elements that the gradients of all examples of a batch may take for a
+            parameter whose influence has no cheaper form: one that is added or multiplied
+            elementwise, prepared by other functions, or enters a function without a tap. Above
+            it such a parameter is reported as missing.
 
     Raises:
         ProbeError: if nothing is to be probed, or the model is compiled.
@@ -115,6 +123,7 @@ class Probe:
         strict: bool = False,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         hash_weights: bool = True,
+        dense_limit: int = DENSE_LIMIT,
     ) -> None:
         check_spec(blocks)
         if not isinstance(model, nn.Module):
@@ -164,6 +173,7 @@ class Probe:
                 stacked(self._directions, n, everything[n], blocks),
                 self._refuse,
                 self_check,
+                dense_limit,
             )
             for n in names
         }
@@ -183,6 +193,7 @@ class Probe:
         self._pass: dict[str, _Arrival] | None = None
         self._deferred: list[tuple[str, str]] | None = None
         self._skipped = 0
+        self._mixing: set[str] = set()
         self._columns: list[dict[str, Any]] = []
         self._passes: list[dict[str, Any]] = []
 
@@ -216,7 +227,7 @@ class Probe:
         for target in self._targets.values():
             self._handles.append(target.parameter.register_hook(self._grad_hook(target)))
         if self.per_example:
-            self._mode = TapMode(lambda: self._batch, self._lookup)
+            self._mode = TapMode(lambda: self._batch)
             self._mode.__enter__()
             self._handles += [
                 register_module_forward_pre_hook(self._begin_recompute),
@@ -260,9 +271,10 @@ class Probe:
                 f"{type(module).__name__} was called without a tensor argument, so the examples "
                 "of the batch cannot be counted. Remedy: pass inputs as tensors"
             )
-        n = inputs[0].shape[0]
-        refuse_packed(kwargs)
-        tokens = label_tokens(kwargs.get("labels"), n, self.shift_labels, self.ignore_index)
+        owner = packed_owner(kwargs, inputs[0].shape)
+        n = inputs[0].shape[0] if owner is None else int(owner.max()) + 1
+        labels = kwargs.get("labels")
+        tokens = label_tokens(labels, n, self.shift_labels, self.ignore_index, owner)
         items = kwargs.get("num_items_in_batch")
         self._forwards += 1
         others = frozenset(d for t in inputs for d in t.shape[1:])
@@ -275,9 +287,16 @@ class Probe:
             self._targets,
             self._arrived,
             self._samples,
+            owner,
         )
         for tensor in inputs:
-            mark(tensor, self._forwards, 0 if tensor.shape[0] == n else NONE)
+            if owner is None:
+                found = Mark(0) if tensor.shape[0] == n else NOBODY
+            elif tensor.shape[:2] == owner.shape:
+                found = Mark(NOBODY.dim, owner.view(*owner.shape, *[1] * (tensor.ndim - 2)))
+            else:
+                found = NOBODY
+            mark(tensor, self._forwards, found)
         self._pending.add(self._batch)
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -306,16 +325,16 @@ class Probe:
             if ran:
                 self._batch = max(ran, key=lambda b: b.index)
                 self._batch.recomputed.add(id(module))
+                self._batch.counting = False  # the uses were counted in the forward pass
             self._mode.__enter__()
 
     def _end_recompute(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._recomputed is not None and module is self._recomputed[0]:
+            if self._batch is not None:
+                self._batch.counting = True
             self._batch, self._recomputed = self._recomputed[1], None
             if self._mode is not None:
                 self._mode.__exit__(None, None, None)
-
-    def _lookup(self, tensor: Tensor) -> ParamRecord | None:
-        return None if self._batch is None else self._batch.lookup(tensor)
 
     def _refuse(self, name: str, reason: str) -> None:
         if self._deferred is not None:
@@ -350,6 +369,8 @@ class Probe:
         grid = target.grid
 
         def hook(grad: Tensor) -> None:
+            if any(b.nested for b in self._firing):
+                return  # a tap asks for a part of the gradient
             self._arrival()
             assert self._pass is not None
             if target.name in self._pass:
@@ -376,7 +397,7 @@ class Probe:
     def _record(self, name: str) -> ParamRecord | None:
         for batch in self._firing:
             record = batch.records.get(name)
-            if record is not None and record.expected:
+            if record is not None and record.uses:
                 return record
         return None
 
@@ -436,6 +457,7 @@ class Probe:
                     "the self-check found that the taps' sum differs from autograd's gradient by "
                     f"{error:.1%}: part of its uses is not covered",
                 )
+        self._mixing.update(*(b.mixing for b in batches))
         number = len(self._passes)
         for batch, keys in zip(batches, columns, strict=True):
             self._columns.append(self._column(batch, number, keys, transfer))
@@ -590,6 +612,7 @@ class Probe:
             "loss_reduction": self.loss_reduction,
             "shift_labels": self.shift_labels,
             "skipped_batches": self._skipped,
+            "mixes_examples": sorted(self._mixing),
             "n_model_parameters": sum(p.numel() for p in model_parameters(self.model).values()),
             "torch": str(torch.__version__),
         }

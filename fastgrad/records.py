@@ -1,9 +1,10 @@
 """What one forward and backward pass says about each parameter, gathered by the taps.
 
 A parameter may be used several times in one forward pass (tied embeddings, a module called
-twice). Its gradient for example j is the sum over uses, so the squared norm needs the cross
-terms ``2⟨use_a, use_b⟩``. They are computed from the factors, never from a dense per-example
-gradient; with block detail, one example's gradient at a time is formed in one scratch buffer.
+twice, one expert after the other). Its gradient for example j is the sum over uses, so where uses
+overlap the squared norm needs the cross terms ``2⟨use_a, use_b⟩``. They are computed from the
+factors, never from a dense per-example gradient; with block detail, one example's gradient at a
+time is formed in one scratch buffer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.blocks import BlockGrid
-from fastgrad.tap_functions import Rows
+from fastgrad.regions import Region, whole
+from fastgrad.rows import Rows
 from fastgrad_kernels import ops
 from fastgrad_kernels.cpu import gram_products
 from fastgrad_kernels.dispatch import keep, upload
@@ -38,6 +41,35 @@ class Target:
     directions: Tensor | None  # [k, rows, cols], or None
     refuse: Callable[[str, str], None]
     self_check: bool
+    dense_limit: int
+
+    @property
+    def region(self) -> Region:
+        return whole(self.grid.rows, self.grid.cols)
+
+
+class Use(NamedTuple):
+    """A use of the parameter in the forward pass."""
+
+    kind: Literal["product", "lookup", "dense"]
+    region: Region
+
+
+class Factors(NamedTuple):
+    """A use whose gradient is ``leftᵀ right`` in a region of the parameter."""
+
+    left: Tensor
+    right: Tensor
+    rows: Rows
+    region: Region
+
+
+class Lookup(NamedTuple):
+    """A use as embedding: ``grad_out [tokens, cols]`` arrives at the rows ``ids``."""
+
+    ids: Tensor
+    grad_out: Tensor
+    rows: Rows
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -49,22 +81,9 @@ class ParamRecord:
 
     def __init__(self, target: Target, batch: Batch) -> None:
         self.target, self.batch = target, batch
-        self.expected = 0  # uses seen in the forward pass
-        self.fired = 0  # uses whose gradient has arrived
-        self.sq: Tensor | None = None  # [n_blocks, n_examples], without cross terms
-        self.dots: Tensor | None = None  # [k, n_examples]
-        self.dense: Tensor | None = None  # [n_examples, *shape]
-        self.products: list[tuple[Tensor, Tensor, Rows]] = []
-        self.gathered: list[tuple[list[Tensor], Tensor]] = []
-        self.lookups: list[tuple[Tensor, Tensor, Rows]] = []
-        self._expected_ids: list[Tensor] = []
-        self._factored = 0
-        self.rounded = False  # autograd's gradient went through 16 bits (autocast)
-        self.sampled: Tensor | None = None
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.target.parameter
+        self.uses: list[Use] = []  # seen in the forward pass
+        self._expected_ids: list[tuple[Tensor, Rows]] = []
+        self.forget()
 
     def forget(self) -> None:
         """Back to before the backward pass.
@@ -72,47 +91,122 @@ class ParamRecord:
         What was kept for cross terms belongs to the autograd graph, and the graph's nodes refer
         to this record: without this, the circle would keep every graph alive.
         """
-        self.fired = self._factored = 0
-        self.sq = self.dots = self.dense = self.sampled = None
-        self.products, self.gathered, self.lookups = [], [], []
+        self.fired = 0  # uses whose gradient has arrived
+        self.sq: Tensor | None = None  # [n_blocks, n_examples], without cross terms
+        self.dots: Tensor | None = None  # [k, n_examples]
+        self.dense: Tensor | None = None  # [n_examples, *shape]
+        self.crossed: list[Factors] = []  # in sq already; their cross terms are not
+        self.gathered: list[tuple[list[Tensor], Factors]] = []
+        self.lookups: list[Lookup] = []
+        self.formed: list[Factors | Lookup] = []  # not in sq: one example at a time at the end
+        self.rounded = False  # autograd's gradient went through 16 bits (autocast)
+        self.sampled: Tensor | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.target.parameter
 
     def refuse(self, reason: str) -> None:
         """A use of the parameter that no tap covers: its ``T`` will be reported as missing."""
         self.target.refuse(self.target.name, reason)
 
-    def expect_use(self, ids: Tensor | None = None) -> None:
-        self.expected += 1
-        if ids is not None:
-            self._expected_ids.append(ids.reshape(ids.shape[0], -1))
+    def expect(self, kind: Literal["product", "lookup", "dense"], region: Region | None) -> None:
+        if self.batch.counting:
+            self.uses.append(Use(kind, region or self.target.region))
+
+    def expect_lookup(self, ids: Tensor, rows: Rows) -> None:
+        """``ids`` in example order."""
+        if self.batch.counting:
+            self.expect("lookup", None)
+            self._expected_ids.append((ids, rows))
+
+    def _overlapping(self, region: Region) -> list[Use]:
+        """Uses that share elements with ``region``, itself among them."""
+        if len(self.uses) <= 1:
+            return self.uses
+        return [u for u in self.uses if not u.region.disjoint(region)]
 
     # -- gradients arriving from the taps ------------------------------------------------
 
     def add_product(
-        self, left: Tensor, right: Tensor, rows: Rows, dtype: torch.dtype | None = None
+        self,
+        left: Tensor,
+        right: Tensor,
+        rows: Rows,
+        dtype: torch.dtype | None = None,
+        region: Region | None = None,
     ) -> Tensor:
-        """A use whose gradient is ``leftᵀ right``; returns that gradient, rounded to ``dtype``."""
+        """A use whose gradient is ``leftᵀ right``, rows in example order; returns that gradient,
+        rounded to ``dtype``."""
         self._arrived(left.dtype)
-        self._factored += 1
-        grid, directions = self.target.grid, self.target.directions
-        if self.expected > 1 and not grid.is_whole:
+        region = region or self.target.region
+        factors = Factors(left, right, rows, region)
+        shared = self._overlapping(region)
+        crossing = len(shared) > 1
+        place = self._place(region)
+        by_terms = self.target.grid.is_whole and all(
+            u.kind != "dense" and u.region == region for u in shared
+        )
+        if place is None or (crossing and not by_terms):
+            self.formed.append(factors)
             grad = (_wide(left).T @ _wide(right)).to(dtype or left.dtype)
-            self.products.append((left, right, rows))
         else:
+            block_rows, block_cols, blocks = place
             grad, sq, dots = ops.cross_influence(
-                left, right, rows.offsets, grid.block_rows, grid.block_cols, directions, True, dtype
-            )
-            self._add(sq, dots)
-            if self.expected > 1:
-                self._keep_factors(left, right, rows)
-        self._check_in(lambda index: _wide(grad.reshape(-1)[index]))
+                left, right, rows.offsets, block_rows, block_cols, self._directions(region), True,
+                dtype,
+            )  # fmt: skip
+            self._add(sq, dots, blocks)
+            if crossing:
+                self._keep_factors(factors)
+
+        def sampled(index: Tensor) -> Tensor:
+            row, col, here = region.entries(index)
+            return _wide(grad)[row, col] * here
+
+        self._check_in(sampled)
         return grad
 
-    def add_lookup(self, ids: Tensor, grad_out: Tensor, rows: Rows) -> None:
-        """A use as embedding: ``grad_out [tokens, cols]`` arrives at the rows ``ids``."""
-        self._arrived(grad_out.dtype)
-        self._factored += 1
+    def _place(self, region: Region) -> tuple[int, int, slice] | None:
+        """Block size within a region and the blocks that it fills; None if blocks cut it."""
         grid = self.target.grid
-        if self.expected == 1 or grid.is_whole:
+        if grid.is_whole:
+            return region.rows, region.cols, slice(0, 1)
+        if region == self.target.region:
+            return grid.block_rows, grid.block_cols, slice(0, grid.n_blocks)
+        first, last = region.offset // grid.cols, (region.end - 1) // grid.cols
+        if first == last:  # inside one row of the matrix view: an expert
+            if grid.block_cols < grid.cols:
+                return None
+            return region.rows, region.cols, slice(first // grid.block_rows,
+                                                   first // grid.block_rows + 1)  # fmt: skip
+        if (region.row_stride, region.cols, region.col_stride) != (grid.cols, grid.cols, 1):
+            return None
+        aligned = first % grid.block_rows == 0 and (
+            region.rows % grid.block_rows == 0 or last + 1 == grid.rows
+        )
+        if not aligned:
+            return None
+        rows = slice(first // grid.block_rows, last // grid.block_rows + 1)
+        blocks = slice(rows.start * grid.grid_cols, rows.stop * grid.grid_cols)
+        return grid.block_rows, grid.block_cols, blocks
+
+    def _directions(self, region: Region) -> Tensor | None:
+        directions = self.target.directions
+        if directions is None or region == self.target.region:
+            return directions
+        return torch.stack([region.of(d) for d in directions.contiguous()])
+
+    def add_lookup(self, ids: Tensor, grad_out: Tensor, rows: Rows) -> None:
+        """A use as embedding: ``grad_out [tokens, cols]`` arrives at the rows ``ids``, both in
+        example order."""
+        self._arrived(grad_out.dtype)
+        grid = self.target.grid
+        crossing = len(self.uses) > 1
+        simple = all(u.kind != "dense" and u.region == self.target.region for u in self.uses)
+        if crossing and not (grid.is_whole and simple):
+            self.formed.append(Lookup(ids, grad_out, rows))
+        else:
             sq, dots = ops.embedding_influence(
                 ids,
                 grad_out,
@@ -122,9 +216,9 @@ class ParamRecord:
                 grid.block_cols,
                 self.target.directions,
             )
-            self._add(sq, dots)
-        if self.expected > 1:
-            self.lookups.append((ids, grad_out, rows))
+            self._add(sq, dots, slice(0, grid.n_blocks))
+            if crossing:
+                self.lookups.append(Lookup(ids, grad_out, rows))
 
         def sampled(index: Tensor) -> Tensor:
             row, col = index // grid.cols, index % grid.cols
@@ -149,45 +243,56 @@ class ParamRecord:
         self.batch.arrived[self.target.name] = self
         self.batch.on_arrival(self.batch)
 
-    def _add(self, sq: Tensor, dots: Tensor) -> None:
-        self.sq = sq if self.sq is None else self.sq + sq
-        self.dots = dots if self.dots is None else self.dots + dots
+    def _add(self, sq: Tensor, dots: Tensor, blocks: slice) -> None:
+        n_blocks = self.target.grid.n_blocks
+        if self.sq is None or self.dots is None:
+            if sq.shape[0] == n_blocks:
+                self.sq, self.dots = sq, dots
+                return
+            self.sq = sq.new_zeros(n_blocks, sq.shape[1])
+            self.dots = torch.zeros_like(dots)
+        elif sq.shape[0] == n_blocks:
+            self.sq, self.dots = self.sq + sq, self.dots + dots
+            return
+        self.sq[blocks] += sq
+        self.dots += dots
 
-    def _keep_factors(self, left: Tensor, right: Tensor, rows: Rows) -> None:
+    def _keep_factors(self, factors: Factors) -> None:
         """Keep what the cross terms need. Against a lookup that is only the columns of ``left``
         that the looked-up ids name: ``[tokens, tokens]`` instead of ``[tokens, vocabulary]``."""
-        if self.expected > 1 + len(self._expected_ids):
-            self.products.append((left, right, rows))
+        left, rows = factors.left, factors.rows
+        even = all(r.per_example is not None for _, r in self._expected_ids)
+        tokens = rows.per_example
+        if len(self.uses) > 1 + len(self._expected_ids) or not even or tokens is None:
+            self.crossed.append(factors)
             return
-        split = left.unflatten(0, (rows.n_examples, rows.per_example))
+        split = _split(left, rows)
         pairs = [
-            split.gather(2, ids.unsqueeze(1).expand(-1, rows.per_example, -1))
-            for ids in self._expected_ids
+            split.gather(2, ids.view(r.n_examples, 1, -1).expand(-1, tokens, -1))
+            for ids, r in self._expected_ids
         ]
-        self.gathered.append((pairs, right.unflatten(0, (rows.n_examples, rows.per_example))))
+        self.gathered.append((pairs, factors._replace(left=left.new_empty(0))))
 
     # -- the end of the backward pass ----------------------------------------------------
 
     def finish(self) -> tuple[Tensor, Tensor] | None:
         """``(sq [n_blocks, n_examples], dots [k, n_examples])``, or None if it is not covered."""
-        if self.dense is not None and self._factored:
-            self.refuse("used both as a matrix and elementwise in one forward pass")
-            return None
-        if self.dense is not None:
+        if self.dense is not None and not self.formed and self.sq is None:
             return self._finish_dense(self.dense)
-        if self.fired > 1 and not self.target.grid.is_whole:
-            return self._finish_blocks()
+        if self.formed or self.dense is not None:
+            return self._finish_formed()
         if self.sq is None or self.dots is None:
-            return self._finish_blocks() if self.fired else None
+            return None
         sq = self.sq
-        if self.fired > 1:
+        if self.crossed or self.gathered or len(self.lookups) > 1:
             total = sq + 2 * self._cross_terms().unsqueeze(0)
             if bool((total < CANCELLED * sq).any()):
                 # The uses nearly cancel: a difference of large numbers is not exact any more.
                 if self.gathered:
                     self.refuse("its uses as output layer and as embedding cancel each other")
                     return None
-                return self._finish_blocks()
+                self.formed, self.sq, self.dots = [*self.crossed, *self.lookups], None, None
+                return self._finish_formed()
             sq = total
         return sq, self.dots
 
@@ -203,61 +308,68 @@ class ParamRecord:
     def _cross_terms(self) -> Tensor:
         """``Σ_{a<b} ⟨use_a, use_b⟩`` for each example, ``[n_examples]`` (docs/maths.md)."""
         total = torch.zeros(self.batch.n_examples, device=self.parameter.device)
-        products = [(_split(p, r), _split(q, r)) for p, q, r in self.products]
-        lookups = [(i.view(r.n_examples, -1), _split(g, r)) for i, g, r in self.lookups]
-        for (l1, r1), (l2, r2) in combinations(products, 2):
-            total = total + gram_products(l1, r1, l2, r2)
-        for (i1, g1), (i2, g2) in combinations(lookups, 2):
-            same = i1.unsqueeze(2) == i2.unsqueeze(1)
-            total = total + (same * torch.bmm(g1, g2.transpose(1, 2))).sum((1, 2))
-        pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        for ids, g in lookups:
-            for left, right in products:
-                index = ids.unsqueeze(1).expand(-1, left.shape[1], -1)
-                pairs.append((left.gather(2, index), right, g))
-            for kept, right in self.gathered:
+        for one, two in combinations(self.crossed, 2):
+            total = total + _each(_product_product, one, two)
+        for first, second in combinations(self.lookups, 2):
+            total = total + _each(_lookup_lookup, first, second)
+        for lookup in self.lookups:
+            for factors in self.crossed:
+                total = total + _each(_product_lookup, factors, lookup)
+            for kept, factors in self.gathered:
                 # lookups fire in any order: find this lookup's columns by its ids
-                for expected, columns in zip(self._expected_ids, kept, strict=True):
+                for (expected, _), columns in zip(self._expected_ids, kept, strict=True):
+                    ids = lookup.ids
                     if expected.data_ptr() == ids.data_ptr() or torch.equal(expected, ids):
-                        pairs.append((_wide(columns), _wide(right), g))
+                        right = _wide(_split(factors.right, factors.rows))
+                        grads = _wide(_split(lookup.grad_out, lookup.rows))
+                        inner = torch.bmm(right, grads.transpose(1, 2))
+                        total = total + (_wide(columns) * inner).sum((1, 2))
                         break
-        for columns, right, g in pairs:
-            total = total + (columns * torch.bmm(right, g.transpose(1, 2))).sum((1, 2))
         return total
 
-    def _finish_blocks(self) -> tuple[Tensor, Tensor]:
-        """All uses together with block detail: one example's gradient at a time."""
+    def _finish_formed(self) -> tuple[Tensor, Tensor]:
+        """Uses together that overlap, or that blocks cut: one example's gradient at a time. What
+        is in ``sq`` already shares no element with them."""
         grid, n = self.target.grid, self.batch.n_examples
         device = self.parameter.device
         scratch = torch.zeros(grid.rows, grid.cols, device=device)
         sq = torch.zeros(grid.n_blocks, n, device=device)
         directions = self.target.directions
         dots = torch.zeros(0 if directions is None else directions.shape[0], n, device=device)
+        parts = [list(use.rows.parts()) for use in self.formed]
         for j in range(n):
             scratch.zero_()
-            for left, right, rows in self.products:
-                part = slice(j * rows.per_example, (j + 1) * rows.per_example)
-                scratch.addmm_(left[part].float().T, right[part].float())
-            for ids, g, rows in self.lookups:
-                part = slice(j * rows.per_example, (j + 1) * rows.per_example)
-                scratch.index_add_(0, ids[part], g[part].float())
+            for use, own in zip(self.formed, parts, strict=True):
+                part = own[j]
+                if isinstance(use, Factors):
+                    into = use.region.of(scratch)
+                    into.addmm_(use.left[part].float().T, use.right[part].float())
+                else:
+                    scratch.index_add_(0, use.ids[part], use.grad_out[part].float())
+            if self.dense is not None:
+                scratch += self.dense[j].view_as(scratch)
             sq[:, j] = block_sums(scratch.square(), grid.block_rows, grid.block_cols)
             if directions is not None:
                 dots[:, j] = (directions.float() * scratch).sum((1, 2))
-        return sq, dots
+        if self.sq is None or self.dots is None:
+            return sq, dots
+        return sq + self.sq, dots + self.dots
 
     # -- self-check ----------------------------------------------------------------------
 
     def sample(self) -> Tensor:
-        """Fixed pseudo-random entries of the gradient, half of them in rows known to be used."""
+        """Fixed pseudo-random entries of the gradient, half of them in rows known to be used; all
+        entries of a parameter that has no more."""
         samples, name = self.batch.samples, self.target.name
         if name not in samples:
             grid, device = self.target.grid, self.parameter.device
             index = _random_entries(grid.numel, device, min(SAMPLE, max(grid.numel, 1)))
-            if self._expected_ids:
-                ids = torch.cat([i.reshape(-1) for i in self._expected_ids])
+            ids = [i.reshape(-1) for i, _ in self._expected_ids]
+            ids = [i for i in ids if i.numel()]
+            if ids and grid.numel > SAMPLE:
+                used = torch.cat(ids)
                 half = len(index) // 2
-                rows = ids[_random_entries(ids.numel(), device, half)].long()
+                rows = used[_random_entries(used.numel(), device, half)].long()
                 index = torch.cat([rows * grid.cols + index[:half] % grid.cols, index[half:]])
             samples[name] = index
         return samples[name]
@@ -271,7 +383,9 @@ class ParamRecord:
 
 @keep
 def _random_entries(numel: int, device: torch.device, count: int) -> Tensor:
-    """``count`` numbers below ``numel``, the same each time."""
+    """``count`` numbers below ``numel``, the same each time; all of them if there are no more."""
+    if numel <= SAMPLE and count == numel:
+        return torch.arange(numel, device=device)
     generator = torch.Generator().manual_seed(numel)
     index = torch.randint(max(numel, 1), (count,), generator=generator, device="cpu")
     return upload(index, device)
@@ -293,7 +407,34 @@ def mismatch(
 
 
 def _split(matrix: Tensor, rows: Rows) -> Tensor:
-    return _wide(matrix).unflatten(0, (rows.n_examples, rows.per_example))
+    assert rows.per_example is not None
+    return matrix.unflatten(0, (rows.n_examples, rows.per_example))
+
+
+def _each(inner: Callable[..., Tensor], a: Factors | Lookup, b: Factors | Lookup) -> Tensor:
+    """Inner product of two uses for each example; in one go where examples are equally long."""
+    if a.rows.per_example is not None and b.rows.per_example is not None:
+        return inner(
+            *(_split(t, a.rows) for t in a[:2]), *(_split(t, b.rows) for t in b[:2])
+        )
+    pairs = zip(a.rows.parts(), b.rows.parts(), strict=True)
+    return torch.cat(
+        [inner(*(t[None, p] for t in a[:2]), *(t[None, q] for t in b[:2])) for p, q in pairs]
+    )
+
+
+def _product_product(l1: Tensor, r1: Tensor, l2: Tensor, r2: Tensor) -> Tensor:
+    return gram_products(_wide(l1), _wide(r1), _wide(l2), _wide(r2))
+
+
+def _lookup_lookup(i1: Tensor, g1: Tensor, i2: Tensor, g2: Tensor) -> Tensor:
+    same = i1.unsqueeze(2) == i2.unsqueeze(1)
+    return (same * torch.bmm(_wide(g1), _wide(g2).transpose(1, 2))).sum((1, 2))
+
+
+def _product_lookup(left: Tensor, right: Tensor, ids: Tensor, g: Tensor) -> Tensor:
+    columns = _wide(left).gather(2, ids.unsqueeze(1).expand(-1, left.shape[1], -1))
+    return (columns * torch.bmm(_wide(right), _wide(g).transpose(1, 2))).sum((1, 2))
 
 
 @dataclass(eq=False)
@@ -312,10 +453,15 @@ class Batch:
     targets: Mapping[int, Target]
     on_arrival: Callable[[Batch], None]
     samples: dict[str, Tensor]  # of the self-check, shared by the batches of a backward pass
+    owner: Tensor | None = None  # packed rows: int64 [rows, tokens], the example of each token
+    counting: bool = True  # False while a checkpoint recomputes what was counted before
+    mixing: set[str] = field(default_factory=set)  # functions in which examples met each other
+    nested: bool = False  # a gradient is being taken inside the backward pass
     modules: set[int] = field(default_factory=set)  # ids of the modules that ran
     recomputed: set[int] = field(default_factory=set)
     records: WeakValueDictionary[str, ParamRecord] = field(default_factory=WeakValueDictionary)
     arrived: dict[str, ParamRecord] = field(default_factory=dict)
+    known_rows: dict[tuple[object, ...], tuple[Tensor, Rows]] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Drop what the backward pass brought."""
@@ -331,6 +477,15 @@ class Batch:
         if record is None:
             record = self.records[target.name] = ParamRecord(target, self)
         return record
+
+    def rows_of(self, owner: Tensor, shape: torch.Size) -> Rows:
+        """Rows of a tensor of this leading shape with these owners (dimensions of size one count
+        for all). Kept for the batch: every layer of a packed batch asks for the same."""
+        key = (owner.data_ptr(), owner.shape, owner.stride(), shape)
+        if key not in self.known_rows:
+            rows = Rows.of(owner.expand(shape).reshape(-1), self.n_examples)
+            self.known_rows[key] = (owner, rows)  # kept, so that its address stays its own
+        return self.known_rows[key][1]
 
 
 __all__ = ["Batch", "ParamRecord", "Target"]

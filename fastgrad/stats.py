@@ -215,6 +215,14 @@ class GradientStats:
             return np.ones(self.n_examples)
         if scale not in ("example_mean", "example_sum"):
             raise StatsError(f"scale {scale!r}: use contribution, example_mean or example_sum")
+        mixing = self.meta.get("mixes_examples")
+        if mixing:
+            raise StatsError(
+                f"scale {scale!r}: the forward pass mixes examples (in {', '.join(mixing)}), so no "
+                "example has a loss of its own. Remedy: scale='contribution' is exact, the part "
+                "of the batch's gradient that came through the example's activations; batch norm "
+                "stops mixing with .eval()"
+            )
         factor = self.mean_factor if scale == "example_mean" else self.sum_factor
         if np.isnan(factor).any():
             raise StatsError(

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastgrad.derived import Sink, into_record
+from fastgrad.records import ParamRecord
+from fastgrad.regions import Region
+from fastgrad.rows import Rows
 from fastgrad_kernels import ops
-from fastgrad_kernels.dispatch import keep
-
-if TYPE_CHECKING:
-    from fastgrad.records import ParamRecord
-
-
-class Rows(NamedTuple):
-    """How a tensor's rows belong to examples: ``per_example`` consecutive rows each."""
-
-    n_examples: int
-    per_example: int
-
-    @property
-    def offsets(self) -> Tensor:
-        """int64 ``[n_examples + 1]`` on the CPU; the same tensor for the same numbers."""
-        return _uniform_offsets(self.n_examples, self.per_example)
-
-
-@keep
-def _uniform_offsets(n_examples: int, per_example: int) -> Tensor:
-    return torch.arange(n_examples + 1, dtype=torch.int64, device="cpu") * per_example
 
 
 class LinearTap(torch.autograd.Function):
@@ -45,25 +29,30 @@ class LinearTap(torch.autograd.Function):
         bias: Tensor | None,
         transposed: bool,
         rows: Rows,
-        weight_record: ParamRecord | None,
-        bias_record: ParamRecord | None,
+        weight_sink: Sink | None,
+        bias_sink: Sink | None,
     ) -> Tensor:
-        # the weight is needed for the input's gradient alone
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
+        # the weight is needed for the input's gradient, and to find what it was made of
+        traced = weight_sink is not None and weight_sink.region is None and not weight_sink.direct
+        needed = ctx.needs_input_grad[0] or traced
+        traced_bias = bias_sink is not None and not bias_sink.direct
+        ctx.save_for_backward(x, weight if needed else None, bias if traced_bias else None)
         ctx.transposed, ctx.rows = transposed, rows
         ctx.weight_dtype = weight.dtype
-        ctx.weight_record, ctx.bias_record = weight_record, bias_record
+        ctx.weight_sink, ctx.bias_sink = weight_sink, bias_sink
         if not transposed:
-            return F.linear(x, weight, bias)
-        if bias is not None and x.ndim == 2:
-            return torch.addmm(bias, x, weight)
-        out = x @ weight
-        return out if bias is None else out + bias
+            out = F.linear(x, weight, bias)
+        elif bias is not None and x.ndim == 2:
+            out = torch.addmm(bias, x, weight)
+        else:
+            out = x @ weight if bias is None else x @ weight + bias
+        # A view that a custom function made must not be changed in place; a model may do that.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
         rows: Rows = ctx.rows
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -71,18 +60,23 @@ class LinearTap(torch.autograd.Function):
         x2, g2 = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
         left, right = (x2, g2) if ctx.transposed else (g2, x2)
         if ctx.needs_input_grad[1]:
-            if ctx.weight_record is None:
+            if ctx.weight_sink is None:
                 grad_weight = left.T @ right
             else:
-                grad_weight = ctx.weight_record.add_product(left, right, rows, ctx.weight_dtype)
+                grad_weight = ctx.weight_sink.product(weight, left, right, rows, ctx.weight_dtype)
             grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
-            wide = torch.float64 if g2.dtype == torch.float64 else torch.float32
-            per_example = g2.reshape(rows.n_examples, rows.per_example, -1).sum(1, dtype=wide)
-            if ctx.bias_record is not None:
-                ctx.bias_record.add_dense(per_example, grad_out.dtype)
-            grad_bias = per_example.sum(0).to(grad_out.dtype)
+            grad_bias = _bias(ctx.bias_sink, bias, g2, rows)
         return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def _bias(sink: Sink | None, bias: Tensor | None, grad: Tensor, rows: Rows) -> Tensor:
+    """A bias' gradient from ``grad [rows, features]``."""
+    per_example = rows.sums(grad)
+    if sink is not None:
+        sink.dense(bias, per_example, grad.dtype)  # type: ignore[arg-type]
+    total = per_example.sum(0).to(grad.dtype)
+    return total if rows.rest is None else total + grad[rows.rest].sum(0)
 
 
 class LayerNormTap(torch.autograd.Function):
@@ -96,14 +90,13 @@ class LayerNormTap(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
-        n_examples: int,
+        rows: Rows,
         weight_record: ParamRecord | None,
         bias_record: ParamRecord | None,
     ) -> Tensor:
         out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
-        ctx.shape, ctx.records = shape, (weight_record, bias_record)
-        ctx.n_examples = n_examples
+        ctx.shape, ctx.records, ctx.rows = shape, (weight_record, bias_record), rows
         return out
 
     @staticmethod
@@ -116,38 +109,160 @@ class LayerNormTap(torch.autograd.Function):
                 grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, None, [True, False, False]
             )[0]
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            d, shape = math.prod(ctx.shape), tuple(ctx.shape)
-            flat = x.reshape(-1, d)
-            scales, shifts = ops.norm_gradients(
-                flat,
-                grad_out.reshape(-1, d),
-                rstd.reshape(-1),
-                Rows(ctx.n_examples, flat.shape[0] // max(ctx.n_examples, 1)).offsets,
-                mean.reshape(-1),
-                ctx.needs_input_grad[3],
-            )
-        if ctx.needs_input_grad[2]:
-            if ctx.records[0] is not None:
-                ctx.records[0].add_dense(scales.view(-1, *shape))
-            grad_weight = scales.sum(0).view(shape).to(weight.dtype)
-        if ctx.needs_input_grad[3]:
-            if ctx.records[1] is not None:
-                ctx.records[1].add_dense(shifts.view(-1, *shape))
-            grad_bias = shifts.sum(0).view(shape).to(weight.dtype)
+            rows, d = ctx.rows, math.prod(ctx.shape)
+            parts = [x.reshape(-1, d), grad_out.reshape(-1, d), rstd.reshape(-1), mean.reshape(-1)]
+            want = ctx.needs_input_grad[3]
+            flat, grads, rstds, means = (rows.ordered(t) for t in parts)
+            sums = ops.norm_gradients(flat, grads, rstds, rows.offsets, means, want)
+            totals = [s.sum(0) for s in sums]
+            if rows.rest is not None:
+                flat, grads, rstds, means = (t[rows.rest] for t in parts)
+                ends = torch.tensor([0, len(rows.rest)])
+                others = ops.norm_gradients(flat, grads, rstds, ends, means, want)
+                totals = [t + o[0] for t, o in zip(totals, others, strict=True) if len(o)]
+            found = []
+            for record, each, total in zip(ctx.records, sums, totals, strict=False):
+                if record is not None and len(each):
+                    record.add_dense(each.view(-1, *ctx.shape))
+                found.append(total.view(ctx.shape).to(weight.dtype))
+            grad_weight = found[0] if ctx.needs_input_grad[2] else None
+            grad_bias = found[1] if want else None
         return grad_x, None, grad_weight, grad_bias, None, None, None, None
 
 
-class ExpandTap(torch.autograd.Function):
-    """A parameter expanded over examples (no copy), so that its gradient comes per example."""
+class GroupedTap(torch.autograd.Function):
+    """``y_s = x_s W_e`` for the rows s of each expert e, one expert after the other.
+
+    ``experts``: of each expert with rows its first and last row, their owners, and where its
+    matrix lies in the parameter (and whether transposed).
+    """
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, shape: torch.Size, record: ParamRecord) -> Tensor:
-        ctx.record, ctx.shape = record, parameter.shape
-        return parameter.expand(shape)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        ends: Tensor,
+        record: ParamRecord,
+        experts: Sequence[tuple[int, int, int, Rows, Region, bool]],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        ctx.record, ctx.experts = record, experts
+        return grouped_mm(x, weight, offs=ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        per_example = grad_out.reshape(grad_out.shape[0], *ctx.shape)
-        ctx.record.add_dense(per_example)
-        return per_example.sum(0), None, None
+        x, weight, ends = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grouped_mm(grad_out, weight.transpose(1, 2), offs=ends)
+        if ctx.needs_input_grad[1]:
+            # memory as the weight has it: autograd then need not copy to add it up
+            grad_weight = torch.zeros_like(weight)
+            for e, start, end, rows, region, flipped in ctx.experts:
+                left, right = x[start:end], grad_out[start:end]
+                grad = into_record(ctx.record, left, right, rows, weight.dtype, region, flipped)
+                grad_weight[e] = grad
+        return grad_x, grad_weight, None, None, None
+
+
+grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+class ConvTap(torch.autograd.Function):
+    """Convolution of any number of dimensions: a product of output gradients with the patches of
+    the input that each output saw."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        n_examples: int,
+        weight_sink: Sink | None,
+        bias_sink: Sink | None,
+    ) -> Tensor:
+        traced = [
+            s is not None and not s.direct and s.region is None for s in (weight_sink, bias_sink)
+        ]
+        ctx.save_for_backward(x, weight, bias if traced[1] else None)
+        ctx.how = (stride, padding, dilation, groups)
+        ctx.n, ctx.sinks = n_examples, (weight_sink, bias_sink)
+        zeros = [0] * len(stride)
+        return torch.convolution(
+            x, weight, bias, list(stride), list(padding), list(dilation), False, zeros, groups
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.how
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.convolution_backward(
+                grad_out, x, weight, None, list(stride), list(padding), list(dilation), False,
+                [0] * len(stride), groups, [True, False, False],
+            )[0]  # fmt: skip
+        places = grad_out[0, 0].numel()
+        rows = Rows.uniform(ctx.n, grad_out.shape[0] // ctx.n * places)
+        sink = ctx.sinks[0]
+        if ctx.needs_input_grad[1]:
+            patches = _patches(x, weight.shape[2:], stride, padding, dilation)
+            if groups == 1:
+                left = grad_out.movedim(1, -1).reshape(-1, weight.shape[0])
+                right = patches.reshape(len(left), -1)
+                if sink is None:
+                    grad_weight = left.T @ right
+                else:
+                    grad_weight = sink.product(weight, left, right, rows, weight.dtype)
+                grad_weight = grad_weight.view(weight.shape)
+            else:
+                each = _grouped(grad_out, patches, ctx.n, groups).reshape(ctx.n, *weight.shape)
+                if sink is not None:
+                    sink.dense(weight, each, weight.dtype)
+                grad_weight = each.sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _bias(
+                ctx.sinks[1], bias, grad_out.movedim(1, -1).reshape(-1, grad_out.shape[1]), rows
+            )
+        return grad_x, grad_weight, grad_bias, *[None] * 7
+
+
+def _patches(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """What each output place saw: ``[images, *places, channels, *kernel]``, a view where nothing is
+    padded."""
+    nd = len(kernel)
+    if any(padding):
+        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    for d in range(nd):
+        span = (kernel[d] - 1) * dilation[d] + 1
+        x = x.unfold(2 + d, span, stride[d])[..., :: dilation[d]]
+    return x.movedim(1, 1 + nd)
+
+
+def _grouped(grad_out: Tensor, patches: Tensor, n: int, groups: int) -> Tensor:
+    """Gradient of a grouped convolution for each example, ``[n, out, in / groups * kernel]``."""
+    images, out = grad_out.shape[:2]
+    nd = grad_out.ndim - 2
+    wide = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
+    g = grad_out.to(wide).reshape(n, images // n, groups, out // groups, -1)
+    g = g.permute(0, 2, 3, 1, 4).reshape(n * groups, out // groups, -1)
+    # [images, *places, channels, *kernel] -> [n * groups, images/n * places, channels/groups * k]
+    p = patches.to(wide).flatten(1, nd) if nd else patches.to(wide)
+    places, channels = p.shape[1], p.shape[2]
+    p = p.reshape(n, images // n, places, groups, channels // groups, -1).flatten(4)
+    p = p.permute(0, 3, 1, 2, 4).reshape(n * groups, (images // n) * places, -1)
+    return torch.bmm(g, p).reshape(n, out, -1)

@@ -1,0 +1,387 @@
+"""Tensors made of parameters alone, and where they meet the examples.
+
+``1 + w``, ``-exp(w)``, a table of positions looked up with ids that all examples share, the norm of
+an adapted weight: such a tensor D has no example dimension of its own. Where it meets an
+activation it is expanded over the examples (no copy), so that autograd brings D's gradient for
+each example; the chain rule through the part of the graph between the parameters and D, which
+is still there, then gives theirs. Roots of that part are parameters, or lookups in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgrad.ownership import Mark
+from fastgrad.records import Batch, ParamRecord
+from fastgrad.regions import Region, region_of
+from fastgrad.rows import Rows
+
+_ROOT = "_fastgrad_root"
+_DERIVED = "_fastgrad_derived"
+
+
+class Root(NamedTuple):
+    """A parameter, or the result of looking up shared ids in one."""
+
+    record: ParamRecord
+    tensor: Tensor
+    ids: Tensor | None = None
+    padding: int | None = None  # id whose gradient does not count
+
+    def arrive(self, gradients: Tensor, batch: Batch) -> None:
+        """``[n_examples, *tensor.shape]`` of this root."""
+        if self.ids is None:
+            self.record.add_dense(gradients)
+            return
+        n = batch.n_examples
+        ids = self.ids.expand(n, *self.ids.shape).reshape(-1)
+        rows = Rows.uniform(n, self.ids.numel())
+        self.record.add_lookup(ids, masked(ids, gradients.reshape(len(ids), -1), self), rows)
+
+
+def masked(ids: Tensor, gradients: Tensor, root: Root) -> Tensor:
+    if root.padding is None:
+        return gradients
+    return gradients.masked_fill((ids == root.padding).unsqueeze(1), 0)
+
+
+def roots_of(tensor: Tensor, batch: Batch) -> tuple[Root, ...]:
+    """What a tensor is made of; empty if it is no probed parameter's."""
+    record = batch.lookup(tensor)
+    if record is not None:
+        return (Root(record, tensor),)
+    at = getattr(tensor, _ROOT, None)
+    if at is not None:
+        record, ids, padding = at
+        return (Root(record, tensor, ids, padding),) if record.batch is batch else ()
+    found = getattr(tensor, _DERIVED, ())
+    return found if found and found[0].record.batch is batch else ()
+
+
+def set_root(tensor: Tensor, record: ParamRecord, ids: Tensor, padding: int | None) -> None:
+    """``tensor`` is a lookup of shared ids. It must not refer to itself: a circle would stay."""
+    setattr(tensor, _ROOT, (record, ids, padding))
+
+
+def set_derived(tensor: Tensor, roots: Sequence[Root]) -> None:
+    unique = {id(r.tensor): r for r in roots}
+    setattr(tensor, _DERIVED, tuple(unique.values()))
+
+
+def names(roots: Sequence[Root]) -> set[str]:
+    return {r.record.target.name for r in roots}
+
+
+def expanded_size(tensor: Tensor, roots: Sequence[Root], n: int) -> int:
+    """Elements that the gradients of each example take: of the tensor and of its roots."""
+    sizes = [r.tensor.numel() for r in roots]
+    return n * max(tensor.numel(), *sizes)
+
+
+def expect(tensor: Tensor, roots: Sequence[Root]) -> None:
+    for root in roots:
+        if root.ids is None:
+            root.record.expect("dense", None)
+        else:
+            n = root.record.batch.n_examples
+            ids = root.ids.expand(n, *root.ids.shape).reshape(-1)
+            root.record.expect_lookup(ids, Rows.uniform(n, root.ids.numel()))
+
+
+def arrive(tensor: Tensor, gradients: Tensor, roots: Sequence[Root]) -> None:
+    """Gradients ``[n_examples, *tensor.shape]`` of a tensor, to its roots; ``tensor`` is what
+    autograd unpacked, whose graph leads to them."""
+    batch = roots[0].record.batch
+    leaves = [r.tensor for r in roots]
+    gradients = gradients.to(tensor.dtype)
+    batch.nested = True
+    try:
+        with torch.enable_grad():
+            found = _batched(tensor, leaves, gradients)
+    finally:
+        batch.nested = False
+    for root, gradient in zip(roots, found, strict=True):
+        if gradient is None:
+            gradient = root.tensor.new_zeros(len(gradients), *root.tensor.shape)
+        root.arrive(gradient, batch)
+
+
+def _batched(
+    tensor: Tensor, leaves: Sequence[Tensor], gradients: Tensor
+) -> Sequence[Tensor | None]:
+    """The chain rule for all examples at once; one by one where a function cannot do that."""
+    try:
+        return torch.autograd.grad(
+            tensor, leaves, gradients, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+    except RuntimeError:
+        each = [
+            torch.autograd.grad(tensor, leaves, g, retain_graph=True, allow_unused=True)
+            for g in gradients
+        ]
+        return [
+            None if column[0] is None else torch.stack(list(column))
+            for column in zip(*each, strict=True)
+        ]
+
+
+def into_record(
+    record: ParamRecord,
+    left: Tensor,
+    right: Tensor,
+    rows: Rows,
+    dtype: torch.dtype,
+    region: Region | None,
+    flipped: bool,
+) -> Tensor:
+    """Gradient ``leftᵀ right`` of a matrix that lies in a parameter, perhaps transposed."""
+    a, b = rows.ordered(left), rows.ordered(right)
+    if flipped:
+        grad = record.add_product(b, a, rows, dtype, region).T
+    else:
+        grad = record.add_product(a, b, rows, dtype, region)
+    if rows.rest is not None:
+        grad = grad + left[rows.rest].T @ right[rows.rest]
+    return grad
+
+
+class Sink(NamedTuple):
+    """Where the gradients of a matrix or bias that meets examples go."""
+
+    roots: tuple[Root, ...]
+    direct: bool  # the tensor is a parameter
+    region: Region | None = None  # it is a view of a parameter
+    flipped: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor, batch: Batch) -> Sink | None:
+        """None if the tensor is no probed parameter's."""
+        roots = roots_of(tensor, batch)
+        if not roots:
+            return None
+        parameter = roots[0].tensor
+        if tensor is parameter:
+            return cls(roots, True)
+        if len(roots) == 1 and roots[0].ids is None:
+            found = region_of(tensor, parameter)
+            if found is not None:
+                return cls(roots, False, *found)
+        return cls(roots, False)
+
+    @property
+    def limit(self) -> int:
+        return self.roots[0].record.target.dense_limit
+
+    def expect_dense(self, tensor: Tensor) -> None:
+        expect(tensor, self.roots)
+
+    def expect_product(self, weight: Tensor) -> None:
+        if self.direct or self.region is not None:
+            self.roots[0].record.expect("product", self.region)
+        else:
+            expect(weight, self.roots)
+
+    def refuse(self, reason: str) -> None:
+        for root in self.roots:
+            root.record.refuse(reason)
+
+    def too_large(self, weight: Tensor, n: int) -> str | None:
+        """Why per-example gradients of a derived matrix cannot be formed."""
+        if self.direct or self.region is not None:
+            return None
+        size, limit = expanded_size(weight, self.roots, n), self.roots[0].record.target.dense_limit
+        return None if size <= limit else beyond(size, limit)
+
+    def product(
+        self, weight: Tensor, left: Tensor, right: Tensor, rows: Rows, dtype: torch.dtype
+    ) -> Tensor:
+        """Gradient ``leftᵀ right`` of a matrix; rows as the activation has them."""
+        if self.direct or self.region is not None:
+            record = self.roots[0].record
+            return into_record(record, left, right, rows, dtype, self.region, self.flipped)
+        a, b = rows.ordered(left), rows.ordered(right)
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        each = torch.stack([a[p].to(wide).T @ b[p].to(wide) for p in rows.parts()])
+        arrive(weight, each, self.roots)
+        grad = each.sum(0).to(dtype)
+        if rows.rest is not None:
+            grad = grad + left[rows.rest].T @ right[rows.rest]
+        return grad
+
+    def dense(self, tensor: Tensor, per_example: Tensor, dtype: torch.dtype) -> None:
+        """Gradients ``[n_examples, *shape]`` of a tensor that is small enough."""
+        if self.direct and self.roots[0].ids is None:
+            self.roots[0].record.add_dense(per_example, dtype)
+        elif self.direct:
+            self.roots[0].arrive(per_example, self.roots[0].record.batch)
+        else:
+            arrive(tensor, per_example, self.roots)
+
+
+def beyond(size: int, limit: int) -> str:
+    return (
+        f"its gradients of all examples would take {size:,} elements, more than "
+        f"dense_limit={limit:,}. Remedy: Probe(..., dense_limit={size}), or smaller batches"
+    )
+
+
+class SharedTap(torch.autograd.Function):
+    """A derived tensor expanded over the examples, so that its gradient comes per example.
+
+    ``shape`` is the tensor's, aligned with the activation it meets, with the activation's size
+    in the dimensions that tell examples apart; ``spread`` are these dimensions, ``rows`` the
+    owners along them. Without ``spread`` the tensor has these dimensions itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tensor: Tensor,
+        shape: Sequence[int],
+        spread: Sequence[int],
+        rows: Rows,
+        sink: Sink,
+    ) -> Tensor:
+        ctx.shape, ctx.spread, ctx.rows, ctx.sink = tensor.shape, spread, rows, sink
+        if not sink.direct:
+            ctx.save_for_backward(tensor)
+        return tensor.view([1] * (len(shape) - tensor.ndim) + list(tensor.shape)).expand(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensor = None if ctx.sink.direct else ctx.saved_tensors[0]
+        lead = grad.movedim(list(ctx.spread), list(range(len(ctx.spread))))
+        rest = lead.shape[len(ctx.spread) :]
+        lead = lead.reshape(-1, *rest)
+        per_example = ctx.rows.sums(lead)
+        per_example = per_example.reshape(len(per_example), *ctx.shape)
+        ctx.sink.dense(tensor, per_example, grad.dtype)
+        total = per_example.sum(0).to(grad.dtype)
+        if ctx.rows.rest is not None:
+            total = total + lead[ctx.rows.rest].sum(0).view(ctx.shape)
+        return total, None, None, None, None
+
+
+class AlignedTap(torch.autograd.Function):
+    """A derived tensor that has the example dimension itself, as a table that was repeated for each
+    example: what arrives in an example's rows is its share of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dim: int, rows: Rows, sink: Sink) -> Tensor:
+        ctx.dim, ctx.rows, ctx.sink = dim, rows, sink
+        ctx.save_for_backward(tensor)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (tensor,) = ctx.saved_tensors
+        shares = grad.new_zeros(ctx.rows.n_examples, *grad.shape)
+        for share, part in zip(shares, ctx.rows.parts(), strict=True):
+            at = (*[slice(None)] * ctx.dim, part)
+            share[at] = grad[at]
+        ctx.sink.dense(tensor, shares, grad.dtype)
+        return grad, None, None, None
+
+
+def aligned(tensor: Tensor, roots: tuple[Root, ...], dim: int, batch: Batch) -> Tensor | str:
+    """``tensor`` with a tap that gives each example what arrives at its indices of ``dim``; or why
+    not. Whether the dimension counts examples is for the caller to know."""
+    n = batch.n_examples
+    size, limit = n * tensor.numel(), roots[0].record.target.dense_limit
+    if size > limit:
+        return beyond(size, limit)
+    direct = len(roots) == 1 and roots[0].tensor is tensor
+    expect(tensor, roots)
+    rows = Rows.uniform(n, tensor.shape[dim] // n)
+    return AlignedTap.apply(tensor, dim, rows, Sink(roots, direct))
+
+
+def lookup_hook(root: Root, ids: Tensor, rows: Rows) -> Any:
+    """For the gradient of looked-up rows ``[..., cols]``: ``ids`` as many, in memory's order."""
+
+    def hook(grad: Tensor) -> None:
+        flat_ids, flat = ids.reshape(-1).long(), grad.reshape(ids.numel(), -1)
+        flat = masked(flat_ids, flat, root)
+        root.record.add_lookup(rows.ordered(flat_ids), rows.ordered(flat), rows)
+
+    return hook
+
+
+def spread_over(
+    tensor: Tensor, roots: tuple[Root, ...], x: Tensor, found: Mark, batch: Batch
+) -> Tensor | str:
+    """``tensor`` as an activation that meets ``x``, with a tap on it; or why not.
+
+    Dimensions are aligned from the right, as in broadcasting.
+    """
+    n = batch.n_examples
+    if tensor.ndim > x.ndim:
+        return f"of shape {tuple(tensor.shape)} met an activation of shape {tuple(x.shape)}"
+    shape = [1] * (x.ndim - tensor.ndim) + list(tensor.shape)
+    owner = None if found.owner is None else found.owner
+    owned = [found.dim] if owner is None else [d for d in range(x.ndim) if owner.shape[d] > 1]
+    own = [d for d in owned if shape[d] > 1]  # the tensor has the example dimension itself
+    if any(shape[d] != x.shape[d] for d in own):
+        return f"of shape {tuple(tensor.shape)} met an activation of shape {tuple(x.shape)}"
+    at_root = len(roots) == 1 and roots[0].ids is not None and roots[0].tensor is tensor
+    if own and not at_root:
+        # expanded beforehand, as class tokens are: all its rows are one
+        view = tensor if len(shape) == tensor.ndim else tensor.reshape(shape)
+        if any(view.stride(d) for d in own):
+            if owner is not None or len(shape) != tensor.ndim:
+                return "met packed examples with rows of its own for each of them"
+            return aligned(tensor, roots, found.dim, batch)
+        for d in own:
+            view = view.narrow(d, 0, 1)
+        return spread_over(view, roots, x, found, batch)
+    size, limit = expanded_size(tensor, roots, n), roots[0].record.target.dense_limit
+    if at_root:
+        root = roots[0]
+        assert root.ids is not None
+        cols = tensor.ndim - root.ids.ndim  # dimensions that a looked-up row has
+        lead = [x.shape[d] if d in owned else shape[d] for d in range(x.ndim - cols)]
+        if any(d >= x.ndim - cols for d in owned):
+            return "was looked up, and met examples along a looked-up row"
+        ids = root.ids.expand(lead)
+        rows = _lead_rows(lead, owned, owner, batch)
+        flat = ids.reshape(-1).long()
+        root.record.expect_lookup(rows.ordered(flat), rows)
+        out = tensor.expand(*lead, *tensor.shape[root.ids.ndim :])
+        if out.requires_grad:
+            out = out.view_as(out) if out is tensor else out
+            out.register_hook(lookup_hook(root, ids, rows))
+        return out
+    if size > limit:
+        return beyond(size, limit)
+    full = [x.shape[d] if d in owned else k for d, k in enumerate(shape)]
+    if owner is None:
+        rows = Rows.uniform(n, x.shape[found.dim] // n)
+    else:
+        rows = batch.rows_of(owner, torch.Size(owner.shape))
+    expect(tensor, roots)
+    direct = len(roots) == 1 and roots[0].tensor is tensor
+    return SharedTap.apply(tensor, full, owned, rows, Sink(roots, direct))
+
+
+def _lead_rows(
+    lead: Sequence[int], owned: Sequence[int], owner: Tensor | None, batch: Batch
+) -> Rows:
+    total = 1
+    for k in lead:
+        total *= k
+    if owner is None and owned == [0]:
+        return Rows.uniform(batch.n_examples, total // batch.n_examples)
+    if owner is None:
+        size = lead[owned[0]]
+        each = torch.arange(batch.n_examples).repeat_interleave(size // batch.n_examples)
+        owner = each.view([size if d == owned[0] else 1 for d in range(len(lead))])
+        return Rows.of(owner.expand(list(lead)).reshape(-1), batch.n_examples)
+    owner = owner.reshape(owner.shape[: len(lead)])
+    return batch.rows_of(owner, torch.Size(lead))

@@ -1,0 +1,83 @@
+"""How the rows of a matrix belong to examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastgrad_kernels.dispatch import keep, upload
+
+
+class Rows:
+    """Which example each row of a ``[rows, features]`` matrix belongs to.
+
+    Attributes:
+        n_examples: number of examples; those without a row count too.
+        per_example: rows of each example if all have equally many and they lie one example after
+            the other; else None.
+        offsets: int64 ``[n_examples + 1]`` on the host: example j owns the rows
+            ``offsets[j]:offsets[j + 1]`` of a matrix in example order, see :meth:`ordered`.
+        order: int64, the rows in example order; None if they lie so already.
+        rest: int64, rows that no example owns (padding of packed rows); None if there are none.
+    """
+
+    __slots__ = ("n_examples", "offsets", "order", "per_example", "rest")
+
+    def __init__(
+        self,
+        n_examples: int,
+        offsets: Tensor,
+        per_example: int | None,
+        order: Tensor | None = None,
+        rest: Tensor | None = None,
+    ) -> None:
+        self.n_examples, self.offsets = n_examples, offsets
+        self.per_example, self.order, self.rest = per_example, order, rest
+
+    @classmethod
+    def uniform(cls, n_examples: int, per_example: int) -> Rows:
+        return cls(n_examples, _uniform_offsets(n_examples, per_example), per_example)
+
+    @classmethod
+    def of(cls, owner: Tensor, n_examples: int) -> Rows:
+        """From the owner of each row, int64 ``[rows]``, -1 for nobody. Waits for the device."""
+        host = owner.detach().cpu()
+        counts = torch.bincount(host[host >= 0], minlength=n_examples)
+        offsets = torch.zeros(n_examples + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(counts, 0, out=offsets[1:])
+        order = rest = None
+        nobody = int((host < 0).sum())
+        if nobody or (host.numel() and bool((host.diff() < 0).any())):
+            order = upload(torch.sort(host, stable=True).indices, owner.device)
+            rest, order = (order[:nobody] if nobody else None), order[nobody:]
+        even = order is None and n_examples > 0 and bool((counts == counts[0]).all())
+        return cls(n_examples, offsets, int(counts[0]) if even else None, order, rest)
+
+    def ordered(self, matrix: Tensor) -> Tensor:
+        """The matrix with its rows in example order."""
+        return matrix if self.order is None else matrix[self.order]
+
+    def parts(self) -> Iterator[slice]:
+        """The rows of each example in example order."""
+        return (slice(a, b) for a, b in pairwise(self.offsets.tolist()))
+
+    def sums(self, matrix: Tensor) -> Tensor:
+        """Sum of each example's rows of ``[rows, *shape]``, accumulated in float32 (float64 for
+        float64): ``[n_examples, *shape]``."""
+        wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+        if self.per_example is not None:
+            shape = (self.n_examples, self.per_example)
+            return matrix.unflatten(0, shape).sum(1, dtype=wide)
+        matrix = self.ordered(matrix).to(wide)
+        sums = matrix.new_zeros(self.n_examples, *matrix.shape[1:])
+        for total, part in zip(sums, self.parts(), strict=True):
+            torch.sum(matrix[part], 0, out=total)
+        return sums
+
+
+@keep
+def _uniform_offsets(n_examples: int, per_example: int) -> Tensor:
+    return torch.arange(n_examples + 1, dtype=torch.int64, device="cpu") * per_example
