@@ -29,7 +29,7 @@ _PUBLIC = {
     "make_partial": "partial",
     "plan_memory": "planner",
     "save_delta": "delta",
-    "select": "selection",
+    "select": "choosing",
     "weights_hash": "identity",
 }
 _MODULES = ("errors", "heavytail", "integrations", "plots")
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from fastgrad.blocks import BlockGrid as BlockGrid
     from fastgrad.blueprint import Blueprint as Blueprint
+    from fastgrad.choosing import select as select
     from fastgrad.delta import load_delta as load_delta
     from fastgrad.delta import save_delta as save_delta
     from fastgrad.identity import weights_hash as weights_hash
@@ -63,7 +64,6 @@ if TYPE_CHECKING:
     from fastgrad.resources import CostModel as CostModel
     from fastgrad.resources import k_star as k_star
     from fastgrad.selection import Selection as Selection
-    from fastgrad.selection import select as select
     from fastgrad.stats import Coverage as Coverage
     from fastgrad.stats import GradientStats as GradientStats
     from fastgrad.stats_shards import ShardReader as ShardReader

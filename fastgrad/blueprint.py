@@ -11,12 +11,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrad.blocks import BlockGrid
+from fastgrad.blocks import BlockGrid, check_specs, grid_of, in_words
 from fastgrad.blueprint_make import CheckpointLike, blend, from_stats
 from fastgrad.blueprint_schema import (
     FILE_NAME,
@@ -54,8 +54,9 @@ class Blueprint:
     Attributes:
         file: the content of the file, as checked pydantic models.
         spec: finest granularity it has scores for, see :class:`fastgrad.blocks.BlockGrid`.
+        specs: parameter name -> granularity, for those that differ from ``spec``.
         block_sq: parameter name -> ``[n_blocks]`` mean squared gradient norm of each block, for
-            the parameters that ``spec`` divides.
+            the parameters that it divides.
     """
 
     def __init__(
@@ -63,14 +64,16 @@ class Blueprint:
         file: BlueprintFile,
         spec: str = "module",
         block_sq: Mapping[str, Array] | None = None,
+        specs: Mapping[str, str] | None = None,
     ) -> None:
         self.file, self.spec = file, spec
         self.block_sq = dict(block_sq or {})
-        shapes = {s.name: s.shape for s in file.submodules}
+        self._shapes = shapes = {s.name: s.shape for s in file.submodules}
+        self.specs = check_specs(specs or {}, shapes)
         for name, values in self.block_sq.items():
             if name not in shapes:
                 raise BlueprintError(f"block vectors name {name!r}, which is no submodule")
-            n = BlockGrid.of(shapes[name], spec).n_blocks
+            n = self.grid(name).n_blocks
             if values.shape != (n,) or values.dtype != np.float64:
                 raise BlueprintError(f"block vectors of {name} have shape {values.shape} and type "
                                      f"{values.dtype}, expected {n} float64")
@@ -142,6 +145,17 @@ class Blueprint:
             return None
         return SplitHalf(r.basis, r.n, r.repeats, r.spearman, r.weighted_tau, r.top_jaccard)
 
+    def grid(self, name: str) -> BlockGrid:
+        """How a parameter divides into the finest blocks known.
+
+        Raises:
+            BlueprintError: if the blueprint does not describe it.
+        """
+        if name not in self._shapes:
+            raise BlueprintError(f"the blueprint does not describe {name!r}; known names look like "
+                                 f"{', '.join(self.names[:3])}")
+        return grid_of(name, self._shapes[name], self.spec, self.specs)
+
     def energy(self, grids: Mapping[str, BlockGrid]) -> dict[str, Array]:
         """Mean squared gradient norm of each block.
 
@@ -154,9 +168,9 @@ class Blueprint:
         for name, grid in grids.items():
             if grid.is_whole and name in norms:
                 found[name] = np.array([norms[name]]) ** 2
-            elif grid.spec == self.spec and name in self.block_sq:
+            elif name in self.block_sq and self.grid(name).same_blocks(grid):
                 found[name] = self.block_sq[name]
-        refuse_coarse(self.spec, grids, found)
+        refuse_coarse(self.spec, self.specs, grids, found)
         return found
 
     def scores(self, ranking: str = "rms", blocks: str | None = None) -> dict[str, Array]:
@@ -171,7 +185,12 @@ class Blueprint:
             BlockSpecError: for an unknown granularity.
         """
         measured = [s for s in self.submodules if s.grad_norm is not None and s.numel]
-        grids = {s.name: BlockGrid.of(s.shape, blocks or self.spec) for s in measured}
+        grids = {
+            s.name: BlockGrid.of(s.shape, blocks)
+            if blocks
+            else grid_of(s.name, s.shape, self.spec, self.specs)
+            for s in measured
+        }
         weights = {
             s.name: np.array([s.weight_norm]) ** 2
             for s in measured
@@ -188,7 +207,8 @@ class Blueprint:
 
     def __repr__(self) -> str:
         return (f"Blueprint({self.file.model.class_name}, {len(self.names)} submodules, "
-                f"{self.n_examples} examples, domains {self.domain_tags}, {self.spec})")
+                f"{self.n_examples} examples, domains {self.domain_tags}, "
+                f"{in_words(self.spec, self.specs)})")
 
     # -- making ------------------------------------------------------------------------------
 
@@ -311,7 +331,8 @@ class Blueprint:
             if file.block_vectors is None:
                 return cls(file)
             vectors = _read(target.with_name(file.block_vectors.file), MAX_VECTOR_BYTES)
-            return cls(file, file.block_vectors.spec, _parse_vectors(vectors, file.block_vectors))
+            entry = file.block_vectors
+            return cls(file, entry.spec, _parse_vectors(vectors, entry), entry.specs)
         except (BlueprintError, BlockSpecError) as error:
             raise BlueprintError(f"{path}: {error}") from None
         except (OSError, ValueError) as error:
@@ -363,12 +384,16 @@ class Blueprint:
             from safetensors.numpy import save
 
             # One metadata key only: safetensors does not keep several in order.
-            header = json.dumps({"format": _VECTORS_FORMAT, "spec": self.spec}, sort_keys=True)
+            by_name = {"specs": self.specs} if self.specs else {}
+            header = json.dumps(
+                {"format": _VECTORS_FORMAT, "spec": self.spec, **by_name}, sort_keys=True
+            )
             vectors = save(dict(sorted(self.block_sq.items())), {"fastgrad": header})
-            entry = {
+            entry: dict[str, Any] = {
                 "file": VECTORS_NAME,
                 "sha256": hashlib.sha256(vectors).hexdigest(),
                 "spec": self.spec,
+                "specs": self.specs,
             }
             old = file.block_vectors
             new = old.model_copy(update=entry) if old else BlockVectors(**entry)

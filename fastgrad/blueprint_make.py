@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import fastgrad
 from fastgrad import heavytail
-from fastgrad.blocks import BlockGrid
+from fastgrad.blocks import grid_of, in_words
 from fastgrad.blueprint_schema import (
     SCHEMA_VERSION,
     BlueprintFile,
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 CheckpointLike = Mapping[str, Any] | tuple[str, int, GradientStats]
-Made = tuple[BlueprintFile, str, dict[str, Array]]  # file, granularity, block vectors
+# File, granularity, block vectors, granularities of parameters that differ.
+Made = tuple[BlueprintFile, str, dict[str, Array], dict[str, str]]
 
 # Points of the Lorenz curve in the file, denser where k is small: that is where the mass is.
 _LORENZ_K = (np.arange(33) / 32.0) ** 2
@@ -105,7 +106,7 @@ def from_stats(
         if not stats.grid(name).is_whole
     }
     per_step = tokens_per_step or (tokens // stats.n_batches if tokens else None)
-    return _finish(document, stats.spec, blocks, per_step, n_bootstrap, seed)
+    return _finish(document, stats.spec, stats.specs, blocks, per_step, n_bootstrap, seed)
 
 
 def blend(
@@ -162,11 +163,11 @@ def blend(
             "local": _source(local, 1 - w),
         },
     }
-    spec, blocks = _blended_blocks(released, local, share, w)
+    spec, specs, blocks = _blended_blocks(released, local, share, w)
     flops = local.k_star.get("flops")  # of the training that is to come
     gamma = local.file.fits.norm.gamma
     return _finish(
-        document, spec, blocks, flops.tokens_per_step if flops else None, gamma.n_bootstrap,
+        document, spec, specs, blocks, flops.tokens_per_step if flops else None, gamma.n_bootstrap,
         gamma.seed,
     )  # fmt: skip
 
@@ -286,6 +287,7 @@ def _checkpoint(entry: CheckpointLike) -> dict[str, Any]:
 def _finish(
     document: dict[str, Any],
     spec: str,
+    specs: Mapping[str, str],
     blocks: dict[str, Array],
     tokens: int | None,
     n_bootstrap: int,
@@ -309,7 +311,7 @@ def _finish(
         sizes.append(rest)
     norm, tail = np.array(norms), np.array(measured)
     if not blocks:
-        spec = "module"
+        spec, specs = "module", {}
     try:
         fits = {
             "norm": _fit(norm, sizes, tail, n_bootstrap, seed),
@@ -319,7 +321,8 @@ def _finish(
         if blocks:
             mass = [blocks.get(n, np.array([x])) for (n, _), x in zip(parts, norm**2, strict=False)]
             size = [
-                BlockGrid.of(shape, spec).sizes() if n in blocks else np.array([math.prod(shape)])
+                grid_of(n, shape, spec, specs).sizes() if n in blocks
+                else np.array([math.prod(shape)])
                 for n, shape in parts
             ]
             if rest > 0:
@@ -327,7 +330,7 @@ def _finish(
                 size.append(np.array([rest]))
             flat = np.concatenate(mass), np.concatenate(size)
             block_fit = _fit(*flat, None, n_bootstrap, seed)
-            fit, granularity = block_fit, spec
+            fit, granularity = block_fit, in_words(spec, specs)
         document |= {
             "schema_version": SCHEMA_VERSION,
             "fastgrad_version": fastgrad.__version__,
@@ -336,7 +339,7 @@ def _finish(
             "k_star": _k_stars(fit["gamma"]["gamma"], granularity, total, tokens),
             "privacy": {},
         }
-        return validate(document), spec, blocks
+        return validate(document), spec, blocks, dict(specs)
     except (StatsError, ResourceError) as error:
         raise BlueprintError(f"no blueprint can be made of this: {error}") from error
     except ValueError as error:
@@ -452,24 +455,24 @@ def _blended_entry(
 
 def _blended_blocks(
     released: Blueprint, local: Blueprint, share: Mapping[str, float], w: float
-) -> tuple[str, dict[str, Array]]:
+) -> tuple[str, dict[str, str], dict[str, Array]]:
     if not released.block_sq and not local.block_sq:
-        return "module", {}
-    spec = local.spec if local.block_sq else released.spec
+        return "module", {}, {}
+    finer = local if local.block_sq else released
     shares = [{s.name: s.share or 0.0 for s in b.submodules} for b in (released, local)]
     blocks: dict[str, Array] = {}
     for name, mass in share.items():
         parts = [
             (weight * own[name], source.block_sq[name])
             for weight, own, source in ((w, shares[0], released), (1 - w, shares[1], local))
-            if source.spec == spec and name in source.block_sq
+            if name in source.block_sq and source.grid(name).same_blocks(finer.grid(name))
         ]
         if len(parts) == 2:
             (a, theirs), (b, ours) = parts
             blocks[name] = a * _distribution(theirs) + b * _distribution(ours)
         elif parts:
             blocks[name] = mass * _distribution(parts[0][1])
-    return spec, blocks
+    return finer.spec, finer.specs, blocks
 
 
 def _distribution(values: Array) -> Array:

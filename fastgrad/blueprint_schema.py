@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-SCHEMA_VERSION = "1.0.0"
+SCHEMA_VERSION = "1.1.0"
 SCHEMA_MAJOR = 1
 FILE_NAME = "gradient_blueprint.json"
 VECTORS_NAME = "gradient_blueprint.safetensors"
@@ -255,6 +255,9 @@ class BlockVectors(Part):
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.safetensors$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     spec: str
+    specs: dict[str, str] = Field(
+        {}, description="submodule -> granularity, for those that differ from spec"
+    )
 
 
 class BlendSource(Part):

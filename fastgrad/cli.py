@@ -212,7 +212,9 @@ def select_command(
     ranking: Annotated[
         str, typer.Option(help="norm, rms, relative; controls: random, magnitude, first, last.")
     ] = "rms",
-    blocks: Annotated[str | None, typer.Option(help="Granularity; the finest by default.")] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Granularity or head; the blueprint's finest by default.")
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Name pattern; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Name pattern; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random ranking.")] = 0,
@@ -240,8 +242,10 @@ def select_command(
 
     Example: [bold]fastgrad select my-model/ --fraction 0.2 -o selection.json[/]
     """
+    from fastgrad.blocks import in_words
     from fastgrad.blueprint import Blueprint
-    from fastgrad.selection import select
+    from fastgrad.choosing import select
+    from fastgrad.granularity import HEAD
     from fastgrad.stats import GradientStats
 
     blueprint = Blueprint.from_pretrained(path)
@@ -249,7 +253,7 @@ def select_command(
         blueprint = blueprint.blend(GradientStats.load(local), weight=_weight(weight))
     reads_weights = ranking in ("magnitude", "relative")
     folder = model
-    if folder is None and (memory is not None or ranking == "magnitude"):
+    if folder is None and (memory is not None or ranking == "magnitude" or blocks == HEAD):
         folder = path if path.is_dir() else path.parent
     net = None
     if folder is not None:
@@ -267,7 +271,7 @@ def select_command(
             "n_total": selection.n_total,
             "fraction": selection.fraction,
             "n_blocks": selection.n_blocks,
-            "blocks": selection.spec,
+            "blocks": in_words(selection.spec, selection.specs),
             "selected": {name: selection.n_selected(name) for name in selection.names},
             "meta": dict(selection.meta),
         })  # fmt: skip
@@ -332,7 +336,9 @@ def probe(
         Path, typer.Option("--output", "-o", help="Where the statistics go.")
     ] = Path("stats.safetensors"),
     blocks: Annotated[
-        str, typer.Option(help="module, row, column, expert, or a tile such as 128x128.")
+        str,
+        typer.Option(help="module, row, column, expert, head, a tile such as 128x128 or a stripe "
+                          "such as 64x*."),
     ] = "module",
     length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 128,
     rows: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
@@ -351,6 +357,7 @@ def probe(
     """
     import torch
 
+    from fastgrad.blocks import in_words
     from fastgrad.probe import Probe
 
     net = _load_model(model, _dtype(dtype)).eval()
@@ -373,7 +380,7 @@ def probe(
     if as_json:
         _print_json({
             "path": str(output), "n_examples": stats.n_examples, "n_batches": stats.n_batches,
-            "blocks": stats.spec, "coverage": coverage,
+            "blocks": in_words(stats.spec, stats.specs), "coverage": coverage,
         })  # fmt: skip
     else:
         counts = ", ".join(f"{n} {status}" for status, n in coverage.items())

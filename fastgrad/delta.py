@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastgrad.blocks import BlockGrid
+from fastgrad.blocks import BlockGrid, check_specs, grid_of
 from fastgrad.errors import BlockSpecError, DeltaError
 from fastgrad.files import atomic_path
 from fastgrad.identity import model_parameters, tensors_hash, weights_hash
@@ -19,6 +19,8 @@ from fastgrad.partial import Partial
 from fastgrad_kernels.layout import gather_blocks, matrix_view, write_blocks_
 
 FORMAT = "fastgrad.delta/1"
+#: With granularities that differ by parameter: an older reader would take the blocks for others.
+FORMAT_BY_NAME = "fastgrad.delta/2"
 
 
 @dataclass
@@ -58,19 +60,21 @@ def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
             "a delta must name its base weights. Remedy: make_partial(..., hash_base=True)"
         )
     partial.sync()
-    own = model_parameters(partial.model)
+    own, selection = model_parameters(partial.model), partial.selection
     tensors: dict[str, Tensor] = {}
-    for name, ids in partial.selection.blocks.items():
-        index = None if partial.selection.is_whole(name) else torch.from_numpy(ids)
-        tensors[f"values/{name}"] = _read(own[name], partial.selection.grid(name), index)
+    for name, ids in selection.blocks.items():
+        index = None if selection.is_whole(name) else torch.from_numpy(ids)
+        tensors[f"values/{name}"] = _read(own[name], selection.grid(name), index)
         if index is not None:
             tensors[f"blocks/{name}"] = index.to(torch.int32)
+    specs = {n: selection.specs[n] for n in selection.blocks if n in selection.specs}
     header = {
-        "format": FORMAT,
-        "spec": partial.selection.spec,
+        "format": FORMAT_BY_NAME if specs else FORMAT,
+        "spec": selection.spec,
+        "specs": specs,
         "base_hash": partial.base_hash,
         "content_hash": _content_hash(tensors),
-        "shapes": {n: list(partial.selection.shapes[n]) for n in partial.selection.blocks},
+        "shapes": {n: list(selection.shapes[n]) for n in selection.blocks},
     }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"fastgrad": json.dumps(header, sort_keys=True)})
@@ -98,10 +102,14 @@ def load_delta(
         with safe_open(os.fspath(path), framework="pt") as file:
             header = json.loads((file.metadata() or {})["fastgrad"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if header["format"] != FORMAT:
-            raise DeltaError(f"{path} has format {header['format']!r}, expected {FORMAT!r}")
+        if header["format"] not in (FORMAT, FORMAT_BY_NAME):
+            raise DeltaError(
+                f"{path} has format {header['format']!r}, this version reads {FORMAT!r} and "
+                f"{FORMAT_BY_NAME!r}"
+            )
         shapes = {n: _shape(s) for n, s in header["shapes"].items()}
-        grids = {n: BlockGrid.of(s, header["spec"]) for n, s in shapes.items()}
+        specs = check_specs(header.get("specs", {}), shapes)
+        grids = {n: grid_of(n, s, header["spec"], specs) for n, s in shapes.items()}
         values = {n: tensors[f"values/{n}"] for n in shapes}
         ids = {
             n: _block_ids(tensors[f"blocks/{n}"]) if f"blocks/{n}" in tensors else None

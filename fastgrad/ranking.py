@@ -154,19 +154,23 @@ def stats_energy(stats: GradientStats, grids: Mapping[str, BlockGrid]) -> dict[s
     for name, grid in grids.items():
         if grid.is_whole:
             energies[name] = np.array([whole[name]])
-        elif stats.spec == grid.spec and name in stats.block_batch_sq:
+        elif name in stats.block_batch_sq and stats.grid(name).same_blocks(grid):
             energies[name] = stats.block_batch_sq[name] / stats.n_batches
-    refuse_coarse(stats.spec, grids, energies)
+    refuse_coarse(stats.spec, stats.specs, grids, energies)
     return energies
 
 
 def refuse_coarse(
-    have: str, grids: Mapping[str, BlockGrid], found: Mapping[str, object]
+    spec: str,
+    specs: Mapping[str, str],
+    grids: Mapping[str, BlockGrid],
+    found: Mapping[str, object],
 ) -> None:
-    """Raise SelectionError if a grid has no entry in ``found``."""
+    """Raise SelectionError if a grid has no entry in ``found``, which a measurement of the
+    granularities ``spec`` and ``specs`` gave."""
     if lacking := [name for name in grids if name not in found]:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        wanted = grids[lacking[0]].spec
+        have, wanted = specs.get(lacking[0], spec), grids[lacking[0]].spec
         raise SelectionError(
             f"{lacking[0]}{more}: the measurement has granularity {have!r}, not {wanted!r}. "
             f"Remedy: blocks={have!r}, or measure with Probe(model, blocks={wanted!r})"
@@ -184,7 +188,7 @@ def _alignment(
                              f"{len(source.directions)}")
     mean = dict(zip(source.names, source.alignment.mean(1), strict=True))
     found = {name: np.array([mean[name]]) for name, grid in grids.items() if grid.is_whole}
-    refuse_coarse("module", grids, found)
+    refuse_coarse("module", {}, grids, found)
     return found
 
 

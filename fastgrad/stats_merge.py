@@ -24,6 +24,7 @@ def joined(pieces: Iterable[GradientStats], n_examples: int, n_batches: int) -> 
     whole: GradientStats | None = None
     examples = batches = skipped = 0
     running = True
+    mixing: set[str] = set()  # seen only when it happens, as what coverage is missing
     with_examples: bool | None = None
     for piece in pieces:
         if whole is None:
@@ -44,6 +45,7 @@ def joined(pieces: Iterable[GradientStats], n_examples: int, n_batches: int) -> 
             whole.block_batch_sq[name] += sums
         whole.coverage_list = worst_coverage(whole.coverage_list, piece.coverage_list)
         skipped += int(piece.meta.get("skipped_batches") or 0)
+        mixing.update(piece.meta.get("mixes_examples") or ())
         running = running and piece.running_ids
         examples, batches = columns.stop, batches + piece.n_batches
     assert whole is not None
@@ -52,6 +54,8 @@ def joined(pieces: Iterable[GradientStats], n_examples: int, n_batches: int) -> 
     whole.running_ids = running
     if "skipped_batches" in whole.meta:
         whole.meta["skipped_batches"] = skipped
+    if mixing:
+        whole.meta["mixes_examples"] = sorted(mixing)
     blank_missing(whole)
     return whole
 

@@ -27,7 +27,7 @@ RANKS: list[set[str]] = [
     {"stats", "stats_merge", "stats_files", "stats_shards"},
     {"concentration", "heads", "granularity"},
     {"probe", "heavytail", "resources"},
-    {"ranking", "blueprint_schema", "selection"},
+    {"ranking", "blueprint_schema", "selection", "choosing"},
     {"blueprint_make", "staleness", "packed", "optim", "planner", "meter"},
     {"blueprint", "partial"},
     {"delta", "plots"},

@@ -26,8 +26,8 @@ from fastgrad.blueprint_schema import (
     parse_blueprint,
     parse_json,
 )
+from fastgrad.choosing import select
 from fastgrad.errors import BlueprintError, SelectionError
-from fastgrad.selection import select
 from fastgrad.stats import GradientStats
 from tests.models import MODELS, batch_of, randomised
 from tests.test_selection import SHAPES, Toy, synthetic_stats
@@ -538,7 +538,7 @@ def test_blueprint_and_heavytail_need_no_torch(tmp_path):
     code = (
         "import sys, fastgrad.heavytail\n"
         "from fastgrad.blueprint import Blueprint\n"
-        "from fastgrad.selection import select\n"
+        "from fastgrad.choosing import select\n"
         f"b = Blueprint.from_pretrained({str(tmp_path)!r}); b.summary()\n"
         "select(b, fraction=0.5)\n"
         "bad = [m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules]\n"

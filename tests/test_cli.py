@@ -15,8 +15,9 @@ import torch
 import fastgrad as fg
 from fastgrad import cli
 from fastgrad.blueprint import Blueprint
-from fastgrad.blueprint_schema import json_schema
-from fastgrad.selection import Selection, select
+from fastgrad.blueprint_schema import SCHEMA_VERSION, json_schema
+from fastgrad.choosing import select
+from fastgrad.selection import Selection
 from fastgrad.stats import GradientStats
 from tests.models import MODELS, VOCAB, randomised
 
@@ -236,11 +237,11 @@ def test_create_json(run, released, tmp_path):
 def test_validate_and_schema(run, released, tmp_path):
     code, out, _ = run("blueprint", "validate", released)
     assert code == 0
-    assert "valid blueprint, schema 1.0.0" in out
+    assert f"valid blueprint, schema {SCHEMA_VERSION}" in out
     code, out, _ = run("blueprint", "validate", released, "--json")
-    assert json.loads(out) == {"valid": True, "schema_version": "1.0.0"}
+    assert json.loads(out) == {"valid": True, "schema_version": SCHEMA_VERSION}
     content = (released / "gradient_blueprint.json").read_text()
-    (tmp_path / "x.json").write_text(content.replace('"1.0.0"', '"2.0.0"'))
+    (tmp_path / "x.json").write_text(content.replace(f'"{SCHEMA_VERSION}"', '"2.0.0"'))
     code, _, err = run("blueprint", "validate", tmp_path / "x.json")
     assert code == 1
     assert "newer than this library" in err

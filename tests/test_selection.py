@@ -14,9 +14,10 @@ from torch import nn
 
 import fastgrad as fg
 from fastgrad.blocks import BlockGrid
+from fastgrad.choosing import parse_memory, select
 from fastgrad.errors import BlockSpecError, SelectionError
 from fastgrad.ranking import CONTROLS, rank_scores
-from fastgrad.selection import Selection, parse_memory, select
+from fastgrad.selection import Selection
 from fastgrad.stats import Coverage, GradientStats
 from tests.models import MODELS, batch_of, randomised
 

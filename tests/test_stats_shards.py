@@ -122,6 +122,15 @@ def test_a_piece_without_a_backward_pass_only_counts_what_was_skipped():
     assert whole.meta["skipped_batches"] == 2
 
 
+def test_modules_that_mix_examples_are_gathered():
+    """They are seen when they run, so a later piece may know more of them."""
+    pieces = [piece(seed=i) for i in range(3)]
+    assert "mixes_examples" not in GradientStats.concat(pieces).meta
+    pieces[1].meta["mixes_examples"] = ["b", "a"]
+    pieces[2].meta["mixes_examples"] = ["b", "c"]
+    assert GradientStats.concat(pieces).meta["mixes_examples"] == ["a", "b", "c"]
+
+
 def test_what_is_missing_once_is_missing_in_all_examples():
     late = piece(seed=1)
     late.coverage_list[0] = Coverage("a.weight", "missing", "a use without a tap")

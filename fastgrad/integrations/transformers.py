@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad.blocks import check_spec
+from fastgrad.choosing import select
 from fastgrad.errors import FastgradError, MissingExtraError, PartialError
+from fastgrad.granularity import check_blocks
 from fastgrad.identity import model_parameters
 from fastgrad.optim import SparseAdamW
 from fastgrad.packed import PartialModule
 from fastgrad.partial import Partial, make_partial
 from fastgrad.probe import Probe, Reduction
-from fastgrad.selection import Selection, select
+from fastgrad.selection import Selection
 from fastgrad.stats import GradientStats
 
 try:
@@ -78,7 +79,7 @@ def measure(
     Args:
         model: a transformers model, whose forward pass returns an output with ``loss``.
         batches: keyword arguments of the model, labels among them.
-        blocks: granularity, see :class:`fastgrad.BlockGrid`.
+        blocks: granularity, see :class:`fastgrad.Probe`.
         per_example: measure the cross-influence too, not the gradient norms alone.
         loss_reduction: see :class:`fastgrad.Probe`.
 
@@ -151,7 +152,7 @@ class BlueprintCallback(TrainerCallback):
         output_dir: str | os.PathLike[str] | None = None,
         loss_reduction: Reduction = "token_mean",
     ) -> None:
-        check_spec(blocks)
+        check_blocks(blocks)
         if not at or not all(0 < f <= 1 for f in at):
             raise FastgradError(f"at must hold fractions in (0, 1], got {tuple(at)}")
         if iter(validation_batches) is validation_batches:  # a generator could be read only once

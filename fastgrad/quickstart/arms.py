@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import fastgrad as fg
-from fastgrad.blocks import BlockGrid
 from fastgrad.errors import FastgradError, MissingExtraError
 from fastgrad.identity import model_parameters
 from fastgrad.quickstart.settings import Spec
@@ -95,12 +94,12 @@ def choose(spec: Spec, model: nn.Module) -> fg.Selection:
     )  # fmt: skip
     if not arm.keep:
         return chosen
-    whole = {n: np.arange(BlockGrid.of(own[n].shape, chosen.spec).n_blocks) for n in arm.keep}
+    whole = {n: np.arange(chosen.grid(n).n_blocks) for n in arm.keep}
     found = {**chosen.blocks, **whole}
     blocks = {name: found[name] for name in chosen.shapes if name in found}
     return fg.Selection(
         chosen.shapes, chosen.spec, blocks, chosen.weights_hash,
-        {**chosen.meta, "kept": list(arm.keep)},
+        {**chosen.meta, "kept": list(arm.keep)}, chosen.specs,
     )  # fmt: skip
 
 
