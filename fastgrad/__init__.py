@@ -24,6 +24,8 @@ _PUBLIC = {
     "ShardReader": "stats_shards",
     "ShardWriter": "stats_shards",
     "SparseAdamW": "optim",
+    "adam_preconditioned": "directions",
+    "gradient_direction": "directions",
     "k_star": "resources",
     "load_delta": "delta",
     "make_partial": "partial",
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from fastgrad.choosing import select as select
     from fastgrad.delta import load_delta as load_delta
     from fastgrad.delta import save_delta as save_delta
+    from fastgrad.directions import adam_preconditioned as adam_preconditioned
+    from fastgrad.directions import gradient_direction as gradient_direction
     from fastgrad.identity import weights_hash as weights_hash
     from fastgrad.meter import Meter as Meter
     from fastgrad.optim import SparseAdamW as SparseAdamW

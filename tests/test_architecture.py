@@ -28,7 +28,7 @@ RANKS: list[set[str]] = [
     {"concentration", "heads", "granularity"},
     {"probe", "heavytail", "resources"},
     {"ranking", "blueprint_schema", "selection", "choosing"},
-    {"blueprint_make", "staleness", "packed", "optim", "planner", "meter"},
+    {"blueprint_make", "staleness", "packed", "optim", "planner", "meter", "directions"},
     {"blueprint", "partial"},
     {"delta", "plots"},
     {"integrations"},
