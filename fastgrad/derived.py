@@ -33,15 +33,16 @@ class Root(NamedTuple):
     ids: Tensor | None = None
     padding: int | None = None  # id whose gradient does not count
 
-    def arrive(self, gradients: Tensor, batch: Batch) -> None:
-        """``[n_examples, *tensor.shape]`` of this root."""
+    def arrive(self, gradients: Tensor, batch: Batch, dtype: torch.dtype) -> None:
+        """``[n_examples, *tensor.shape]`` of this root; they went through ``dtype``."""
         if self.ids is None:
-            self.record.add_dense(gradients)
+            self.record.add_dense(gradients, dtype)
             return
         n = batch.n_examples
         ids = self.ids.expand(n, *self.ids.shape).reshape(-1)
         rows = Rows.uniform(n, self.ids.numel())
-        self.record.add_lookup(ids, masked(ids, gradients.reshape(len(ids), -1), self), rows)
+        gradients = masked(ids, gradients.reshape(len(ids), -1), self)
+        self.record.add_lookup(ids, gradients, rows, dtype)
 
 
 def masked(ids: Tensor, gradients: Tensor, root: Root) -> Tensor:
@@ -93,11 +94,15 @@ def expect(tensor: Tensor, roots: Sequence[Root]) -> None:
             root.record.expect_lookup(ids, Rows.uniform(n, root.ids.numel()))
 
 
-def arrive(tensor: Tensor, gradients: Tensor, roots: Sequence[Root]) -> None:
-    """Gradients ``[n_examples, *tensor.shape]`` of a tensor, to its roots; ``tensor`` is what
-    autograd unpacked, whose graph leads to them."""
+def arrive(
+    tensor: Tensor, gradients: Tensor, roots: Sequence[Root], dtype: torch.dtype
+) -> None:
+    """Gradients ``[n_examples, *tensor.shape]`` of a tensor, through its graph to its roots."""
     batch = roots[0].record.batch
+    batch.on_arrival(batch)
     leaves = [r.tensor for r in roots]
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        dtype = tensor.dtype
     gradients = gradients.to(tensor.dtype)
     batch.nested = True
     try:
@@ -108,7 +113,7 @@ def arrive(tensor: Tensor, gradients: Tensor, roots: Sequence[Root]) -> None:
     for root, gradient in zip(roots, found, strict=True):
         if gradient is None:
             gradient = root.tensor.new_zeros(len(gradients), *root.tensor.shape)
-        root.arrive(gradient, batch)
+        root.arrive(gradient, batch, dtype)
 
 
 def _batched(
@@ -198,29 +203,32 @@ class Sink(NamedTuple):
         return None if size <= limit else beyond(size, limit)
 
     def product(
-        self, weight: Tensor, left: Tensor, right: Tensor, rows: Rows, dtype: torch.dtype
+        self, weight: Tensor | None, left: Tensor, right: Tensor, rows: Rows, dtype: torch.dtype
     ) -> Tensor:
-        """Gradient ``leftᵀ right`` of a matrix; rows as the activation has them."""
+        """Gradient ``leftᵀ right`` of a matrix; rows as the activation has them. ``weight`` is
+        needed if it is neither a parameter nor a view of one."""
         if self.direct or self.region is not None:
             record = self.roots[0].record
             return into_record(record, left, right, rows, dtype, self.region, self.flipped)
         a, b = rows.ordered(left), rows.ordered(right)
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
         each = torch.stack([a[p].to(wide).T @ b[p].to(wide) for p in rows.parts()])
-        arrive(weight, each, self.roots)
+        assert weight is not None
+        arrive(weight, each, self.roots, left.dtype)
         grad = each.sum(0).to(dtype)
         if rows.rest is not None:
             grad = grad + left[rows.rest].T @ right[rows.rest]
         return grad
 
-    def dense(self, tensor: Tensor, per_example: Tensor, dtype: torch.dtype) -> None:
+    def dense(self, tensor: Tensor | None, per_example: Tensor, dtype: torch.dtype) -> None:
         """Gradients ``[n_examples, *shape]`` of a tensor that is small enough."""
         if self.direct and self.roots[0].ids is None:
             self.roots[0].record.add_dense(per_example, dtype)
         elif self.direct:
-            self.roots[0].arrive(per_example, self.roots[0].record.batch)
+            self.roots[0].arrive(per_example, self.roots[0].record.batch, dtype)
         else:
-            arrive(tensor, per_example, self.roots)
+            assert tensor is not None
+            arrive(tensor, per_example, self.roots, dtype)
 
 
 def beyond(size: int, limit: int) -> str:
@@ -248,20 +256,19 @@ class SharedTap(torch.autograd.Function):
         sink: Sink,
     ) -> Tensor:
         ctx.shape, ctx.spread, ctx.rows, ctx.sink = tensor.shape, spread, rows, sink
-        if not sink.direct:
-            ctx.save_for_backward(tensor)
+        # Not saved for backward: an activation checkpoint would bring it back without its graph.
+        ctx.tensor = None if sink.direct else tensor
         return tensor.view([1] * (len(shape) - tensor.ndim) + list(tensor.shape)).expand(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensor = None if ctx.sink.direct else ctx.saved_tensors[0]
         lead = grad.movedim(list(ctx.spread), list(range(len(ctx.spread))))
         rest = lead.shape[len(ctx.spread) :]
         lead = lead.reshape(-1, *rest)
         per_example = ctx.rows.sums(lead)
         per_example = per_example.reshape(len(per_example), *ctx.shape)
-        ctx.sink.dense(tensor, per_example, grad.dtype)
+        ctx.sink.dense(ctx.tensor, per_example, grad.dtype)
         total = per_example.sum(0).to(grad.dtype)
         if ctx.rows.rest is not None:
             total = total + lead[ctx.rows.rest].sum(0).view(ctx.shape)
@@ -274,19 +281,17 @@ class AlignedTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, dim: int, rows: Rows, sink: Sink) -> Tensor:
-        ctx.dim, ctx.rows, ctx.sink = dim, rows, sink
-        ctx.save_for_backward(tensor)
+        ctx.dim, ctx.rows, ctx.sink, ctx.tensor = dim, rows, sink, tensor
         return tensor.view_as(tensor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (tensor,) = ctx.saved_tensors
         shares = grad.new_zeros(ctx.rows.n_examples, *grad.shape)
         for share, part in zip(shares, ctx.rows.parts(), strict=True):
             at = (*[slice(None)] * ctx.dim, part)
             share[at] = grad[at]
-        ctx.sink.dense(tensor, shares, grad.dtype)
+        ctx.sink.dense(ctx.tensor, shares, grad.dtype)
         return grad, None, None, None
 
 

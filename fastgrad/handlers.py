@@ -14,6 +14,7 @@ from fastgrad.derived import (
     Root,
     Sink,
     beyond,
+    expanded_size,
     lookup_hook,
     roots_of,
     set_root,
@@ -167,26 +168,32 @@ def _grouped(
     simple = isinstance(offs, Tensor) and x.ndim == 2 and weight.ndim == 3 and not args
     if sink is None or not simple or any(v is not None for v in kwargs.values()):
         return NotImplemented
-    places = [region_of(w, sink.roots[0].tensor) for w in weight]
-    found = ownership(x, batch)
-    views = len(sink.roots) == 1 and sink.roots[0].ids is None and None not in places
-    owner = found.explicit(x, batch.n_examples) if found.owned else None
-    if not views or owner is None or owner.shape[1] != 1:
+    n, found = batch.n_examples, ownership(x, batch)
+    owner = found.explicit(x, n) if found.owned else None
+    if owner is None or owner.shape[1] != 1:
         return _refuse(
             [sink],
             f"its experts saw an input of shape {tuple(x.shape)}, whose rows cannot be assigned "
-            f"to the batch's {batch.n_examples} examples",
+            f"to the batch's {n} examples",
         )
-    record, flat = sink.roots[0].record, owner.reshape(-1).cpu()
+    places = [None if len(sink.roots) > 1 else region_of(w, sink.roots[0].tensor) for w in weight]
+    views = sink.roots[0].ids is None and None not in places
+    size = expanded_size(weight, sink.roots, n)
+    if not views and size > sink.limit:
+        return _refuse([sink], beyond(size, sink.limit))
+    flat = owner.expand(x.shape[0], 1).reshape(-1).cpu()
     experts, start = [], 0
     for e, end in enumerate(offs.tolist()):
-        place = places[e]
-        if end > start and place is not None:
-            rows = Rows.of(flat[start:end].to(x.device), batch.n_examples)
-            experts.append((e, start, end, rows, *place))
-            record.expect("product", place[0])
+        if end > start:
+            rows = Rows.of(flat[start:end].to(x.device), n)
+            place = places[e] if views else None
+            experts.append((e, start, end, rows, place))
+            if place is not None:
+                sink.roots[0].record.expect("product", place[0])
         start = end
-    return GroupedTap.apply(x, weight, offs, record, experts)
+    if not views:
+        sink.expect_dense(weight)
+    return GroupedTap.apply(x, weight, offs, sink, experts)
 
 
 def _conv(
@@ -359,6 +366,31 @@ def _affine(batch: Batch, out: Tensor, weight: Tensor | None, bias: Tensor | Non
     return out
 
 
+def _attention(
+    batch: Batch,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Scores that all examples share, as relative positions are, added inside attention."""
+    found = ownership(query, batch)
+    if attn_mask is None or any(roots_of(t, batch) for t in (query, key, value)):
+        return NotImplemented
+    roots, scores = roots_of(attn_mask, batch), query.new_empty(1).expand(*query.shape[:-1], 1)
+    if not found.owned or found.dim >= query.ndim - 2 or not roots:
+        return NotImplemented
+    if attn_mask.ndim == query.ndim and attn_mask.shape[max(found.dim, 0)] > 1:
+        return NotImplemented
+    spread = spread_over(attn_mask, roots, scores, found, batch)
+    if isinstance(spread, str):
+        return _refuse([Sink(roots, False)], f"used by {func.__name__}: {spread}")
+    return func(query, key, value, spread, *args, **kwargs)
+
+
 # -- elementwise -------------------------------------------------------------------------
 
 
@@ -400,6 +432,7 @@ def _handlers() -> dict[Any, Callable[..., Any]]:
         F.embedding: _embedding,
         F.layer_norm: _layer_norm,
         F.rms_norm: _rms_norm,
+        F.scaled_dot_product_attention: _attention,
         Tensor.__getitem__: _getitem,
     }
     functions: tuple[Any, ...] = (F, torch)

@@ -148,11 +148,21 @@ def _joined(whole: Any, results: list[tuple[list[Any], Any]], n: int) -> Any:
         ]
         for d in differing:
             joined = torch.cat(each, d)
-            if joined.shape == full.shape and torch.allclose(
-                joined, full, rtol=1e-4, atol=1e-6, equal_nan=True
-            ):
+            if joined.shape == full.shape and _equal(joined, full):
                 out.append(joined)
                 break
         else:
             return "its results for single examples do not make up its result for the batch"
     return tree_unflatten(out, spec)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """The same but for rounding: functions choose other algorithms for other sizes."""
+    if not b.is_floating_point():
+        return torch.equal(a, b)
+    allowed = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-8}.get(b.dtype, 1e-4)
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return False
+    a, b = a[finite].double(), b[finite].double()
+    return not b.numel() or bool((a - b).abs().max() <= allowed * b.abs().max())

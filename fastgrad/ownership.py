@@ -17,6 +17,7 @@ a size decides only if no other dimension of the batch has it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -375,9 +376,14 @@ def _explicit(
             results = list(_tensors((_moved(func, x, own, args, kwargs),)))
         except (RuntimeError, IndexError, TypeError, ValueError):
             return []
-        return [_checked(_folded(r), o) for r, o in zip(results, outs, strict=False)]
+        picked = func in _GETITEM | _INDEX_SELECT
+        settle = partial(_settled, n=n) if picked else partial(Mark, NONE)
+        return [
+            m if _checked((m := settle(_folded(r))).explicit(o, n), o).owned else NOBODY
+            for r, o in zip(results, outs, strict=False)
+        ]
     if func in _SORTS:
-        return _through_sort(x, own, kwargs, args, outs)
+        return _through_sort(x, own, kwargs, args, outs, n)
     if func in _CAT | _STACKS:
         return [_joined(func, args, kwargs, owners, outs[0])]
     return [_combined(func, args, kwargs, known, owners, out) for out in outs]
@@ -389,13 +395,27 @@ def _through_sort(
     kwargs: dict[str, Any],
     args: tuple[Any, ...],
     outs: list[Tensor],
+    n: int,
 ) -> list[Mark | None]:
     """Values and indices that were sorted along the examples: the last output says from where."""
     along = kwargs.get("dim", next((a for a in args[1:] if type(a) is int), -1)) % x.ndim
     if owner is None or x.ndim != 1:
         moved = owner is not None and owner.shape[along] == 1
         return [Mark(NONE, owner) if moved else NOBODY for _ in outs]
-    return [Mark(NONE, owner[outs[-1]]) for _ in outs]
+    return [_settled(owner.expand(x.shape)[outs[-1]], n) for _ in outs]
+
+
+def _settled(owner: Tensor, n: int) -> Mark:
+    """The simplest mark that says the same. Looks at the owners: for what was picked by index."""
+    for d in range(owner.ndim):
+        if owner.shape[d] > 1 and bool((owner == owner.narrow(d, 0, 1)).all()):
+            owner = owner.narrow(d, 0, 1)
+    dims = [d for d in range(owner.ndim) if owner.shape[d] > 1]
+    if len(dims) == 1 and owner.numel() % n == 0:
+        even = torch.arange(n, device=owner.device).repeat_interleave(owner.numel() // n)
+        if torch.equal(owner.reshape(-1), even):
+            return Mark(dims[0])
+    return Mark(NONE, owner)
 
 
 def _folded(owner: Tensor) -> Tensor:
@@ -630,3 +650,18 @@ def _written(
     except (RuntimeError, IndexError):
         found = NOBODY
     mark(target, batch, found)
+
+
+def carry(module: torch.nn.Module, args: Any, output: Any, batch: int) -> None:
+    """Mark the output of a module without parts of its own, where PyTorch did not announce what it
+    computes (a custom autograd function: activations, quantised products): it works on features,
+    and its rows are those of its input."""
+    x = args[0] if isinstance(args, tuple) and args else None
+    if not isinstance(output, Tensor) or not isinstance(x, Tensor) or module._modules:
+        return
+    found = marked(x, batch)
+    if found is None or not found.owned or marked(output, batch) is not None or x.ndim < 2:
+        return
+    by_features = found.owner is None or found.owner.shape[-1] == 1
+    if output.shape[:-1] == x.shape[:-1] and found.dim < x.ndim - 1 and by_features:
+        mark(output, batch, found)

@@ -35,7 +35,7 @@ from fastgrad.batches import (
 from fastgrad.blocks import BlockGrid, check_spec
 from fastgrad.errors import CoverageError, NonFiniteGradientError, ProbeError
 from fastgrad.identity import PACKED_SUFFIX, model_parameters, unwrapped, weights_hash
-from fastgrad.ownership import NOBODY, Mark, mark
+from fastgrad.ownership import NOBODY, Mark, carry, mark, marked
 from fastgrad.probe_arguments import (
     Direction,
     check_patterns,
@@ -311,11 +311,16 @@ class Probe:
     # activation checkpoint recomputes modules in there, they must meet the same taps again.
 
     def _begin_recompute(self, module: nn.Module, args: Any) -> None:
-        if self._mode is None or not torch.is_grad_enabled():
+        if self._mode is None:
             return
         if torch._C._current_graph_task_id() == -1:
             if self._batch is not None:
-                self._batch.modules.add(id(module))
+                tensors = [a for a in args if isinstance(a, Tensor)]
+                self._batch.inputs[id(module)] = [marked(t, self._batch.index) for t in tensors]
+                if torch.is_grad_enabled():
+                    self._batch.modules.add(id(module))
+            return
+        if not torch.is_grad_enabled():
             return
         if self._recomputed is None and self._mode not in _get_current_function_mode_stack():
             # The engine goes backwards: the latest forward pass that ran this module comes first.
@@ -326,9 +331,18 @@ class Probe:
                 self._batch = max(ran, key=lambda b: b.index)
                 self._batch.recomputed.add(id(module))
                 self._batch.counting = False  # the uses were counted in the forward pass
+            if self._batch is not None:  # a checkpoint keeps its inputs without their marks
+                tensors = [a for a in args if isinstance(a, Tensor)]
+                for tensor, found in zip(
+                    tensors, self._batch.inputs.get(id(module), []), strict=False
+                ):
+                    if found is not None and marked(tensor, self._batch.index) is None:
+                        mark(tensor, self._batch.index, found)
             self._mode.__enter__()
 
     def _end_recompute(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._batch is not None:
+            carry(module, args, output, self._batch.index)
         if self._recomputed is not None and module is self._recomputed[0]:
             if self._batch is not None:
                 self._batch.counting = True

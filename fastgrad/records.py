@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.blocks import BlockGrid
+from fastgrad.ownership import Mark
 from fastgrad.regions import Region, whole
 from fastgrad.rows import Rows
 from fastgrad_kernels import ops
@@ -197,10 +198,12 @@ class ParamRecord:
             return directions
         return torch.stack([region.of(d) for d in directions.contiguous()])
 
-    def add_lookup(self, ids: Tensor, grad_out: Tensor, rows: Rows) -> None:
+    def add_lookup(
+        self, ids: Tensor, grad_out: Tensor, rows: Rows, dtype: torch.dtype | None = None
+    ) -> None:
         """A use as embedding: ``grad_out [tokens, cols]`` arrives at the rows ``ids``, both in
-        example order."""
-        self._arrived(grad_out.dtype)
+        example order. ``dtype`` as in :meth:`add_dense`."""
+        self._arrived(dtype or grad_out.dtype)
         grid = self.target.grid
         crossing = len(self.uses) > 1
         simple = all(u.kind != "dense" and u.region == self.target.region for u in self.uses)
@@ -458,6 +461,8 @@ class Batch:
     mixing: set[str] = field(default_factory=set)  # functions in which examples met each other
     nested: bool = False  # a gradient is being taken inside the backward pass
     modules: set[int] = field(default_factory=set)  # ids of the modules that ran
+    # whose the rows of their inputs are
+    inputs: dict[int, list[Mark | None]] = field(default_factory=dict)
     recomputed: set[int] = field(default_factory=set)
     records: WeakValueDictionary[str, ParamRecord] = field(default_factory=WeakValueDictionary)
     arrived: dict[str, ParamRecord] = field(default_factory=dict)

@@ -32,11 +32,9 @@ class LinearTap(torch.autograd.Function):
         weight_sink: Sink | None,
         bias_sink: Sink | None,
     ) -> Tensor:
-        # the weight is needed for the input's gradient, and to find what it was made of
-        traced = weight_sink is not None and weight_sink.region is None and not weight_sink.direct
-        needed = ctx.needs_input_grad[0] or traced
-        traced_bias = bias_sink is not None and not bias_sink.direct
-        ctx.save_for_backward(x, weight if needed else None, bias if traced_bias else None)
+        # the weight is needed for the input's gradient alone
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
+        ctx.made = (_made(weight, weight_sink), _made(bias, bias_sink))
         ctx.transposed, ctx.rows = transposed, rows
         ctx.weight_dtype = weight.dtype
         ctx.weight_sink, ctx.bias_sink = weight_sink, bias_sink
@@ -52,7 +50,7 @@ class LinearTap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         rows: Rows = ctx.rows
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -63,18 +61,26 @@ class LinearTap(torch.autograd.Function):
             if ctx.weight_sink is None:
                 grad_weight = left.T @ right
             else:
-                grad_weight = ctx.weight_sink.product(weight, left, right, rows, ctx.weight_dtype)
+                grad_weight = ctx.weight_sink.product(
+                    ctx.made[0], left, right, rows, ctx.weight_dtype
+                )
             grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = _bias(ctx.bias_sink, bias, g2, rows)
+            grad_bias = _bias(ctx.bias_sink, ctx.made[1], g2, rows)
         return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def _made(tensor: Tensor | None, sink: Sink | None) -> Tensor | None:
+    """A tensor whose graph leads to parameters, kept by reference: an activation checkpoint would
+    bring a saved tensor back without its graph."""
+    return None if sink is None or sink.direct or sink.region is not None else tensor
 
 
 def _bias(sink: Sink | None, bias: Tensor | None, grad: Tensor, rows: Rows) -> Tensor:
     """A bias' gradient from ``grad [rows, features]``."""
     per_example = rows.sums(grad)
     if sink is not None:
-        sink.dense(bias, per_example, grad.dtype)  # type: ignore[arg-type]
+        sink.dense(bias, per_example, grad.dtype)
     total = per_example.sum(0).to(grad.dtype)
     return total if rows.rest is None else total + grad[rows.rest].sum(0)
 
@@ -133,8 +139,9 @@ class LayerNormTap(torch.autograd.Function):
 class GroupedTap(torch.autograd.Function):
     """``y_s = x_s W_e`` for the rows s of each expert e, one expert after the other.
 
-    ``experts``: of each expert with rows its first and last row, their owners, and where its
-    matrix lies in the parameter (and whether transposed).
+    ``experts``: of each expert with rows its number, its first and last row, their owners, and
+    where its matrix lies in the parameter (and whether transposed). Where the stack is no view of
+    a parameter (adapters were added to it) the gradients of each example are formed.
     """
 
     @staticmethod
@@ -143,11 +150,12 @@ class GroupedTap(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         ends: Tensor,
-        record: ParamRecord,
-        experts: Sequence[tuple[int, int, int, Rows, Region, bool]],
+        sink: Sink,
+        experts: Sequence[tuple[int, int, int, Rows, tuple[Region, bool] | None]],
     ) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
-        ctx.record, ctx.experts = record, experts
+        ctx.sink, ctx.experts = sink, experts
+        ctx.made = weight if any(place is None for *_, place in experts) else None
         return grouped_mm(x, weight, offs=ends)
 
     @staticmethod
@@ -160,10 +168,23 @@ class GroupedTap(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # memory as the weight has it: autograd then need not copy to add it up
             grad_weight = torch.zeros_like(weight)
-            for e, start, end, rows, region, flipped in ctx.experts:
+            sink, each = ctx.sink, None
+            if ctx.made is not None:
+                wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+                n = sink.roots[0].record.batch.n_examples
+                each = weight.new_zeros(n, *weight.shape, dtype=wide)
+            for e, start, end, rows, place in ctx.experts:
                 left, right = x[start:end], grad_out[start:end]
-                grad = into_record(ctx.record, left, right, rows, weight.dtype, region, flipped)
-                grad_weight[e] = grad
+                if each is None:
+                    record, dtype = sink.roots[0].record, weight.dtype
+                    grad_weight[e] = into_record(record, left, right, rows, dtype, *place)
+                    continue
+                grad_weight[e] = left.T @ right
+                left, right = rows.ordered(left).to(wide), rows.ordered(right).to(wide)
+                for j, part in enumerate(rows.parts()):
+                    each[j, e] = left[part].T @ right[part]
+            if each is not None:
+                sink.dense(ctx.made, each, weight.dtype)
         return grad_x, grad_weight, None, None, None
 
 
@@ -188,10 +209,8 @@ class ConvTap(torch.autograd.Function):
         weight_sink: Sink | None,
         bias_sink: Sink | None,
     ) -> Tensor:
-        traced = [
-            s is not None and not s.direct and s.region is None for s in (weight_sink, bias_sink)
-        ]
-        ctx.save_for_backward(x, weight, bias if traced[1] else None)
+        ctx.save_for_backward(x, weight)
+        ctx.made = (_made(weight, weight_sink), _made(bias, bias_sink))
         ctx.how = (stride, padding, dilation, groups)
         ctx.n, ctx.sinks = n_examples, (weight_sink, bias_sink)
         zeros = [0] * len(stride)
@@ -202,7 +221,7 @@ class ConvTap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -221,17 +240,16 @@ class ConvTap(torch.autograd.Function):
                 if sink is None:
                     grad_weight = left.T @ right
                 else:
-                    grad_weight = sink.product(weight, left, right, rows, weight.dtype)
+                    grad_weight = sink.product(ctx.made[0], left, right, rows, weight.dtype)
                 grad_weight = grad_weight.view(weight.shape)
             else:
                 each = _grouped(grad_out, patches, ctx.n, groups).reshape(ctx.n, *weight.shape)
                 if sink is not None:
-                    sink.dense(weight, each, weight.dtype)
+                    sink.dense(ctx.made[0], each, weight.dtype)
                 grad_weight = each.sum(0).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = _bias(
-                ctx.sinks[1], bias, grad_out.movedim(1, -1).reshape(-1, grad_out.shape[1]), rows
-            )
+            pixels = grad_out.movedim(1, -1).reshape(-1, grad_out.shape[1])
+            grad_bias = _bias(ctx.sinks[1], ctx.made[1], pixels, rows)
         return grad_x, grad_weight, grad_bias, *[None] * 7
 
 

@@ -51,11 +51,13 @@ class TapMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
         batch = self.batch()
         if batch is None:
             return func(*args, **kwargs)
+        if not torch.is_grad_enabled():  # a reentrant checkpoint: only whose rows are whose counts
+            out = func(*args, **kwargs)
+            propagate(func, args, kwargs, out, batch.index, batch.n_examples)
+            return out
         out = NotImplemented
         roots = [(t, r) for t in _tensors((args, kwargs)) if (r := roots_of(t, batch))]
         if not roots:
@@ -95,6 +97,9 @@ def _general(
     fresh = [t for t in _tensors((out,)) if t.requires_grad and batch.lookup(t) is None]
     if not fresh:
         return out
+    # which expert is meant says nothing about whose rows it will meet
+    numbers = [t for t in others if t.ndim == 0 and not t.is_floating_point()]
+    others = [t for t in others if not any(t is k for k in numbers)]
     if any(t.requires_grad or marked(t, batch.index) is not None for t in others):
         for root in roots:
             root.record.refuse(

@@ -11,30 +11,16 @@ from tests.zoo import ZOO
 
 DOCUMENTED = documented()
 
-# A cell that is in here may not get worse, whatever the page says.
-ALL = frozenset(SCENARIOS) - {"packed", "packed rows"}
-MUST_BE_EXACT: dict[str, frozenset[str]] = {
-    "llama": ALL,
-    "llama-tied": ALL,
-    "qwen3": ALL,
-    "gemma3": ALL - {"reentrant"},
-    "mistral": ALL - {"reentrant"},
-    "phi3": ALL,
-    "olmo2": ALL,
-    "stablelm": ALL,
-    "gpt2": ALL - {"checkpoint", "reentrant"},
-    "gpt-neox": ALL,
-    "opt": ALL - {"checkpoint", "reentrant"},
-    "bloom": ALL - {"square"},
-    "falcon": ALL - {"reentrant"},
-    "bert": ALL - {"square"},
-    "albert": ALL - {"square", "checkpoint", "reentrant"},
-    "distilbert": ALL,
-    "bart": frozenset({"masked labels"}),
-    "vit": frozenset({"LoRA"}),
-    "dinov2": frozenset({"LoRA"}),
-    "convnext": frozenset({"LoRA"}),
-    "wav2vec2": frozenset({"LoRA"}),
+# Every cell that applies is exact but for these, whatever the page says.
+NOT_EXACT = {
+    # transformers' own masks let the examples of a packed row see each other
+    ("opt", "packed"): "mixes",
+    ("opt", "packed rows"): "mixes",
+    ("falcon", "packed"): "mixes",
+    ("falcon", "packed rows"): "mixes",
+    # the table of relative positions passes from layer to layer through checkpoints that cut it
+    # off from the parameter; the self-check notices
+    ("t5", "reentrant"): "missing",
 }
 CELLS = [(model, scenario) for model in ZOO for scenario in SCENARIOS]
 
@@ -44,15 +30,15 @@ def test_the_page_has_every_cell():
         f"{PAGE} has other models or scenarios than the zoo. "
         "Remedy: python -m tests.coverage_matrix --write"
     )
-    assert set(MUST_BE_EXACT) <= set(ZOO)
+    assert set(NOT_EXACT) <= set(CELLS)
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and peft: deprecations, unused patterns
 @pytest.mark.parametrize(("model", "scenario"), CELLS, ids=lambda x: x.replace(" ", "-"))
 def test_cell(model, scenario):
     outcome = check(ZOO[model], scenario)
-    if scenario in MUST_BE_EXACT.get(model, ()):
-        assert outcome.status == "exact", (outcome.detail, outcome.missing)
+    allowed = {NOT_EXACT.get((model, scenario), "exact"), "–"}
+    assert outcome.status in allowed, (outcome.detail, outcome.missing)
     said = DOCUMENTED.get(model, {}).get(scenario)
     assert outcome.status == said, (
         f"the page says {said}, it is {outcome.status}: {outcome.detail} {outcome.missing}. "
