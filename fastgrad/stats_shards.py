@@ -113,18 +113,24 @@ class ShardWriter:
     def add(self, piece: GradientStats) -> None:
         """Take one measurement of whole backward passes; write a file if enough wait.
 
+        If the disk refuses, the piece waits and the next :meth:`flush` tries again.
+
         Raises:
             StatsError: if it was not made on the same parameters, blocks and weights as the
                 pieces before it. Those are kept.
         """
+        self.accept(piece)
+        passes = sum(p.n_batches for p in self._waiting)
+        if max(sum(p.n_examples for p in self._waiting), passes) >= self.every:
+            self.flush()
+
+    def accept(self, piece: GradientStats) -> None:
+        """As :meth:`add`, but nothing is written yet."""
         if self._like is None:
             self._like = empty_like(piece)
         check_alike(self._like, piece)
         self._with_examples = same_kind(self._with_examples, piece)
         self._waiting.append(piece)
-        passes = sum(p.n_batches for p in self._waiting)
-        if max(sum(p.n_examples for p in self._waiting), passes) >= self.every:
-            self.flush()
 
     def flush(self) -> None:
         """Write what waits, if anything does."""

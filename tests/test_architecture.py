@@ -24,7 +24,7 @@ RANKS: list[set[str]] = [
     {"handlers"},
     {"one_by_one"},
     {"taps"},
-    {"stats", "stats_merge", "stats_files", "stats_shards"},
+    {"stats", "stats_merge", "stats_files", "stats_shards", "recorder"},
     {"concentration", "heads", "granularity"},
     {"probe", "heavytail", "resources"},
     {"ranking", "blueprint_schema", "selection", "choosing"},
