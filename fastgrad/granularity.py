@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from fastgrad.blocks import NAMED_SPECS, check_spec
@@ -37,7 +37,9 @@ def check_blocks(blocks: object) -> Blocks:
     return blocks
 
 
-def resolve(model: nn.Module, blocks: Blocks = "module") -> dict[str, str]:
+def resolve(
+    model: nn.Module, blocks: Blocks = "module", names: Collection[str] | None = None
+) -> dict[str, str]:
     """Parameter name -> granularity, for every parameter of ``model``.
 
     Args:
@@ -45,6 +47,7 @@ def resolve(model: nn.Module, blocks: Blocks = "module") -> dict[str, str]:
             heads, where parameters outside attention, biases and norms stay whole; or a mapping
             of name patterns (``fnmatch``) to these. The first pattern that matches a name counts;
             what none matches stays whole.
+        names: only these parameters; those that are not looked at need no known heads.
 
     A head is one stripe: rows of a projection to queries, keys or values, columns of the
     projection back. Where query, key and value share one matrix, each head has one stripe for
@@ -57,16 +60,18 @@ def resolve(model: nn.Module, blocks: Blocks = "module") -> dict[str, str]:
     from fastgrad.identity import model_parameters
 
     check_blocks(blocks)
-    names = list(model_parameters(model))
+    everything = list(model_parameters(model))
     asked = {"*": blocks} if isinstance(blocks, str) else blocks
     for pattern in asked:
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in everything):
             raise BlockSpecError(
                 f"blocks: the pattern {pattern!r} matches no parameter; names are like "
-                f"{', '.join(names[:3])}"
+                f"{', '.join(everything[:3])}"
             )
     chosen = {
-        n: next((s for p, s in asked.items() if fnmatch.fnmatchcase(n, p)), "module") for n in names
+        n: next((s for p, s in asked.items() if fnmatch.fnmatchcase(n, p)), "module")
+        for n in everything
+        if names is None or n in names
     }
     return _with_heads(model, chosen) if HEAD in chosen.values() else chosen
 

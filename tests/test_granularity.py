@@ -181,6 +181,8 @@ def test_heads_of_other_widths_and_layouts():
         resolve(gated, "head")
     specs = resolve(gated, {"*.linear_attn.*": "module", "*": "head"})
     assert specs[prefix + "o_proj.weight"] == "*x10"
+    attention = [n for n in specs if ".self_attn." in n]
+    assert resolve(gated, "head", attention) == {n: specs[n] for n in attention}
     specs = find_heads(two).specs
     assert specs["text_model.encoder.layers.0.self_attn.q_proj.weight"] == "8x*"
     assert specs["vision_model.encoder.layers.0.self_attn.q_proj.weight"] == "16x*"
