@@ -62,7 +62,7 @@ def resolve(
     check_blocks(blocks)
     everything = list(model_parameters(model))
     asked = {"*": blocks} if isinstance(blocks, str) else blocks
-    for pattern in asked:
+    for pattern in asked if not isinstance(blocks, str) else ():
         if not any(fnmatch.fnmatchcase(n, pattern) for n in everything):
             raise BlockSpecError(
                 f"blocks: the pattern {pattern!r} matches no parameter; names are like "

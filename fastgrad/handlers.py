@@ -20,7 +20,8 @@ from fastgrad.derived import (
     set_root,
     spread_over,
 )
-from fastgrad.ownership import NOBODY, Mark, marked, propagate
+from fastgrad.ownership import NOBODY, Mark, marked
+from fastgrad.propagation import propagate
 from fastgrad.records import Batch
 from fastgrad.regions import region_of
 from fastgrad.rows import Rows

@@ -8,11 +8,11 @@ stats = probe.stats()
 
 from __future__ import annotations
 
-import itertools
+import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -25,29 +25,31 @@ from torch.overrides import _get_current_function_mode_stack
 
 from fastgrad.batches import (
     Reduction,
-    factors,
     input_tensors,
     label_tokens,
     output_tensors,
     packed_owner,
     shifts_labels,
 )
-from fastgrad.blocks import BlockGrid, check_spec
-from fastgrad.errors import CoverageError, NonFiniteGradientError, ProbeError
+from fastgrad.blocks import BlockGrid
+from fastgrad.errors import CoverageError, ProbeError
+from fastgrad.granularity import Blocks, check_blocks, resolve
 from fastgrad.identity import PACKED_SUFFIX, model_parameters, unwrapped, weights_hash
+from fastgrad.measurement import Arrival, Measurement, Settings
 from fastgrad.ownership import NOBODY, Mark, carry, mark, marked
 from fastgrad.probe_arguments import (
     Direction,
     check_patterns,
+    chosen_names,
     matches,
     named_directions,
     refuse_compiled,
     stacked,
 )
-from fastgrad.records import Batch, ParamRecord, Target, mismatch
-from fastgrad.stats import Coverage, GradientStats
+from fastgrad.records import Batch, ParamRecord, Target
+from fastgrad.stats import GradientStats
+from fastgrad.stats_shards import ShardWriter
 from fastgrad.taps import TapMode
-from fastgrad.transfer import Transfer
 from fastgrad_kernels import ops
 from fastgrad_kernels.layout import matrix_view, sum_of_squares
 
@@ -56,13 +58,8 @@ from fastgrad_kernels.layout import matrix_view, sum_of_squares
 DENSE_LIMIT = 1 << 24
 
 
-class _Arrival(NamedTuple):
-    """A parameter's gradient in one backward pass."""
-
-    sq: Tensor  # [n_blocks] squared sums
-    entries: Tensor  # values at the records' common sample
-    narrow: bool  # it came in 16 bits
-    numel: int
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 class Probe:
@@ -72,10 +69,15 @@ class Probe:
         model: any ``nn.Module``. A new batch begins at each of its forward passes; tensors that
             enter have the examples in their leading dimension.
         blocks: granularity: ``module`` (one block per parameter), ``row``, ``column``,
-            ``expert`` or a tile such as ``128x128``.
+            ``expert``, ``head`` (attention heads), a tile such as ``128x128``, a stripe such as
+            ``64x*``, or a mapping of name patterns to these.
         per_example: True for the cross-influence ``T``; False for gradient norms only.
         params: name patterns (``fnmatch``) of the parameters to probe; all that require a
             gradient by default.
+        frozen: name patterns of parameters to probe although they do not require a gradient, as
+            the base under an adapter. Inside the ``with`` block they do, so the backward pass
+            computes their gradients; each is dropped as soon as it is there, ``.grad`` stays
+            None.
         detail: name patterns of the parameters whose per-example *block* influence is kept
             (memory: 4 bytes x blocks x examples); all by default.
         targets: target directions for signed influence, as ``{parameter name: tensor}`` or
@@ -85,8 +87,8 @@ class Probe:
             example's mean), ``sum``. Contributions never depend on it; the scales
             ``example_mean`` and ``example_sum`` and the noise estimates do.
         loss_scale: what you multiply the loss by before ``backward()``: 1/8 under accumulation
-            over 8 batches, the scale of a GradScaler. Contributions contain it; the scales
-            ``example_mean`` and ``example_sum`` divide it out.
+            over 8 batches, or a function that gives it, as a GradScaler's ``get_scale``.
+            Contributions contain it; the scales ``example_mean`` and ``example_sum`` divide it out.
         shift_labels: True if the loss predicts the next token, so that the first label of each
             row does not count; by default read from a transformers model.
         ignore_index: label value that does not count.
@@ -100,6 +102,10 @@ class Probe:
             parameter whose influence has no cheaper form: one that is added or multiplied
             elementwise, prepared by other functions, or enters a function without a tap. Above
             it such a parameter is reported as missing.
+        shards: folder to write the measurement to piece by piece, so that memory does not grow
+            with the number of examples (:class:`fastgrad.stats_shards.ShardWriter`);
+            :meth:`stats` then leaves block detail on disk.
+        shard_examples: examples in a file of that folder.
 
     Raises:
         ProbeError: if nothing is to be probed, or the model is compiled.
@@ -109,14 +115,15 @@ class Probe:
     def __init__(
         self,
         model: nn.Module,
-        blocks: str = "module",
+        blocks: Blocks = "module",
         *,
         per_example: bool = True,
         params: Sequence[str] | None = None,
+        frozen: Sequence[str] | None = None,
         detail: Sequence[str] | None = None,
         targets: Direction | Mapping[str, Direction] | None = None,
         loss_reduction: Reduction = "token_mean",
-        loss_scale: float = 1.0,
+        loss_scale: float | Callable[[], float] = 1.0,
         shift_labels: bool | None = None,
         ignore_index: int = -100,
         self_check: bool = True,
@@ -124,8 +131,10 @@ class Probe:
         on_nonfinite: Literal["raise", "skip"] = "raise",
         hash_weights: bool = True,
         dense_limit: int = DENSE_LIMIT,
+        shards: str | os.PathLike[str] | None = None,
+        shard_examples: int = 1000,
     ) -> None:
-        check_spec(blocks)
+        check_blocks(blocks)
         if not isinstance(model, nn.Module):
             raise ProbeError(
                 f"a probe needs a model, not {type(model).__name__} {str(model)[:60]!r}. Remedy: "
@@ -141,43 +150,43 @@ class Probe:
             raise ProbeError(
                 f"unknown loss_reduction {loss_reduction!r}; use token_mean, row_mean or sum"
             )
-        self.model, self.spec, self.per_example = model, blocks, per_example
+        self.model, self.per_example = model, per_example
         self.loss_reduction, self.ignore_index = loss_reduction, ignore_index
-        if not loss_scale > 0:
+        if not callable(loss_scale) and not loss_scale > 0:
             raise ProbeError(f"loss_scale must be positive, got {loss_scale}")
-        self.loss_scale = loss_scale
-        self.strict, self.on_nonfinite = strict, on_nonfinite
         self.shift_labels = (
             shifts_labels(unwrapped(model)) if shift_labels is None else shift_labels
         )
         everything = model_parameters(model)
-        names = [n for n, p in everything.items() if p.requires_grad and matches(n, params)]
-        check_patterns(params, everything, "params")
-        if not names:
-            raise ProbeError(
-                "no parameter to probe: none requires a gradient"
-                + (f" and matches {list(params)}" if params else "")
-                + ". Remedy: call requires_grad_(True) on what you want to measure"
-            )
+        specs = resolve(model, blocks)
+        names = chosen_names(everything, params, frozen)
         check_patterns(detail, everything, "detail")
-        self._detail = {n for n in names if matches(n, detail)}
         self._directions = named_directions(targets, everything, names)
-        self._frozen = [n for n in everything if n not in names]
-        self._missing: dict[str, str] = {}
-        self._used: set[str] = set()
-        self._targets = {
-            id(everything[n]): Target(
+        self._thawed = [everything[n] for n in names if not everything[n].requires_grad]
+        grids = {n: BlockGrid.of(everything[n].shape, specs[n]) for n in names}
+        probed = [
+            Target(
                 n,
                 everything[n],
-                BlockGrid.of(everything[n].shape, blocks),
-                stacked(self._directions, n, everything[n], blocks),
+                grids[n],
+                stacked(self._directions, n, everything[n], grids[n]),
                 self._refuse,
                 self_check,
                 dense_limit,
             )
             for n in names
-        }
-        self._weight_sq = np.array([float(sum_of_squares(everything[n])) for n in names])
+        ]
+        self._targets = {id(t.parameter): t for t in probed}
+        self._measured = Measurement(
+            probed,
+            [n for n in everything if n not in grids],
+            {n for n in names if matches(n, detail)},
+            list(self._directions),
+            np.array([float(sum_of_squares(everything[n])) for n in names]),
+            Settings(per_example, loss_reduction, loss_scale, strict, on_nonfinite),
+            None if shards is None else ShardWriter(shards, shard_examples),
+        )
+        self._next_ids: list[int] | None = None
         self._hash = weights_hash(model) if hash_weights else None
         self._mode: TapMode | None = None
         self._recomputed: tuple[nn.Module, Batch | None] | None = None
@@ -190,12 +199,7 @@ class Probe:
         self._samples: dict[str, Tensor] = {}
         self._running = False
         self._forwards = 0
-        self._pass: dict[str, _Arrival] | None = None
-        self._deferred: list[tuple[str, str]] | None = None
-        self._skipped = 0
-        self._mixing: set[str] = set()
-        self._columns: list[dict[str, Any]] = []
-        self._passes: list[dict[str, Any]] = []
+        self._pass: dict[str, Arrival] | None = None
 
     # -- context -------------------------------------------------------------------------
 
@@ -215,7 +219,8 @@ class Probe:
                     f"{target.name} was replaced after the probe was made. Remedy: "
                     "make the probe when the model is complete"
                 )
-            if not target.parameter.requires_grad:
+            thawed = any(target.parameter is p for p in self._thawed)
+            if not target.parameter.requires_grad and not thawed:
                 raise ProbeError(
                     f"{target.name} was frozen after the probe was made. Remedy: make a new probe"
                 )
@@ -224,6 +229,9 @@ class Probe:
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.model.register_forward_hook(self._end_forward),
         ]
+        for parameter in self._thawed:
+            parameter.requires_grad_(True)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(_drop))
         for target in self._targets.values():
             self._handles.append(target.parameter.register_hook(self._grad_hook(target)))
         if self.per_example:
@@ -250,6 +258,8 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for parameter in self._thawed:
+            parameter.requires_grad_(False)
         self._batch, self._pass, self._running = None, None, False
         self._pending.clear()
         self._firing.clear()
@@ -288,6 +298,7 @@ class Probe:
             self._arrived,
             self._samples,
             owner,
+            self._take_ids(n),
         )
         for tensor in inputs:
             if owner is None:
@@ -298,6 +309,23 @@ class Probe:
                 found = NOBODY
             mark(tensor, self._forwards, found)
         self._pending.add(self._batch)
+
+    def next_ids(self, ids: Sequence[int] | Tensor) -> None:
+        """Ids of the examples of the next forward pass, instead of running numbers: for data that
+        are shuffled, or spread over processes."""
+        self._next_ids = [int(i) for i in ids]
+
+    def _take_ids(self, n: int) -> list[int] | None:
+        ids, self._next_ids = self._next_ids, None
+        if ids is not None and len(ids) != n:
+            raise ProbeError(
+                f"{len(ids)} example ids were given for a batch of {n} examples. Remedy: call "
+                "next_ids right before the forward pass that they are for"
+            )
+        return ids
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self._measured.refuse(name, reason)
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         # The first gradient to flow into an output marks the begin of the backward pass; taken
@@ -350,17 +378,6 @@ class Probe:
             if self._mode is not None:
                 self._mode.__exit__(None, None, None)
 
-    def _refuse(self, name: str, reason: str) -> None:
-        if self._deferred is not None:
-            self._deferred.append((name, reason))
-            return
-        if self.strict:
-            raise CoverageError(
-                f"{name}: {reason}. Its cross-influence cannot be measured exactly. "
-                "Remedy: strict=False reports it as missing instead"
-            )
-        self._missing.setdefault(name, reason)
-
     # -- backward ------------------------------------------------------------------------
 
     def _arrival_hook(self, grad: Tensor) -> None:
@@ -387,12 +404,7 @@ class Probe:
                 return  # a tap asks for a part of the gradient
             self._arrival()
             assert self._pass is not None
-            if target.name in self._pass:
-                self._refuse(
-                    target.name,
-                    "its gradient arrived in several parts in one backward "
-                    "pass (reentrant activation checkpointing of a shared weight)",
-                )
+            earlier = self._pass.get(target.name)
             matrix = matrix_view(grad.detach())
             if grid.is_whole and not grad.is_cuda:
                 sq = sum_of_squares(matrix).view(1)
@@ -404,7 +416,13 @@ class Probe:
             checked = record is not None and target.self_check
             picked = entries[record.sample()] if record is not None and checked else sq[:0]
             narrow = grad.dtype in (torch.bfloat16, torch.float16)
-            self._pass[target.name] = _Arrival(sq, picked, narrow, grid.numel)
+            alone = sum(b.n_examples for b in (*self._firing, *self._pending)) == 1
+            dots = None
+            if alone and target.directions is not None:
+                dots = target.directions.flatten(1) @ matrix.reshape(-1).float()
+            self._pass[target.name] = Arrival(
+                sq, picked, narrow, grid.numel, 1 if earlier is None else 2, dots
+            )
 
         return hook
 
@@ -426,101 +444,11 @@ class Probe:
                 self._pending.add(batch)
             return
         try:
-            self._take(batches, arrived)
+            if self._measured.take(batches, arrived) and self._measured.recorder.is_due:
+                self._measured.recorder.write(self._measured.coverage(), self._meta())
         finally:
             for batch in batches:
                 batch.forget()
-
-    def _take(self, batches: Sequence[Batch], arrived: Mapping[str, _Arrival]) -> None:
-        transfer = Transfer()
-        norms = {name: transfer(a.sq) for name, a in arrived.items()}
-        checks = self._prepare_checks(batches, arrived, transfer)
-        # What is refused here counts only if the batches do: they may hold NaN.
-        self._deferred = []
-        try:
-            columns = [self._prepare_column(batch, transfer) for batch in batches]
-            transfer.run()
-        finally:
-            refusals, self._deferred = self._deferred, None
-        bad = [name for name, key in norms.items() if not np.isfinite(transfer[key]).all()]
-        if bad:
-            if self.on_nonfinite == "raise":
-                raise NonFiniteGradientError(
-                    bad, "This batch was left out of the statistics; earlier batches are kept."
-                )
-            self._skipped += 1
-            return
-        self._used |= set(arrived)
-        for name, reason in refusals:
-            self._refuse(name, reason)
-        if self.per_example:
-            seen = set().union(*(b.arrived for b in batches))
-            for name in set(arrived) - seen:
-                self._refuse(
-                    name,
-                    "it received a gradient that no tap saw: from a function without a tap, from "
-                    "outside the probed model's forward pass, or in a second backward pass",
-                )
-        for name, (entries, sums, rounded) in checks.items():
-            norm = float(np.sqrt(transfer[norms[name]].sum()))
-            rms = norm / max(arrived[name].numel, 1) ** 0.5
-            error = mismatch(transfer[entries], [transfer[k] for k in sums], rms, rounded)
-            if error is not None:
-                self._refuse(
-                    name,
-                    "the self-check found that the taps' sum differs from autograd's gradient by "
-                    f"{error:.1%}: part of its uses is not covered",
-                )
-        self._mixing.update(*(b.mixing for b in batches))
-        number = len(self._passes)
-        for batch, keys in zip(batches, columns, strict=True):
-            self._columns.append(self._column(batch, number, keys, transfer))
-        self._passes.append({n: transfer[key].astype(np.float64) for n, key in norms.items()})
-
-    def _prepare_checks(
-        self, batches: Sequence[Batch], arrived: Mapping[str, _Arrival], transfer: Transfer
-    ) -> dict[str, tuple[int, list[int], bool]]:
-        """What the self-check compares, per parameter: autograd's entries, the taps' sums and
-        whether 16 bits lie between them."""
-        found = {}
-        for name, arrival in arrived.items():
-            records = [b.arrived[name] for b in batches if name in b.arrived]
-            if records and records[0].target.self_check:
-                sums = [transfer(r.sampled) for r in records if r.sampled is not None]
-                rounded = arrival.narrow or any(r.rounded for r in records)
-                found[name] = (transfer(arrival.entries), sums, rounded)
-        return found
-
-    def _prepare_column(self, batch: Batch, transfer: Transfer) -> dict[str, tuple[int, ...]]:
-        """Keys of each parameter's squared sums, signed influences and, if kept, blocks."""
-        keys = {}
-        for target in self._targets.values():
-            name = target.name
-            record = batch.arrived.get(name)
-            result = record.finish() if record is not None else None
-            if result is None:
-                continue
-            values, products = result
-            found = [transfer(values.sum(0, dtype=torch.float64)), transfer(products)]
-            if name in self._detail and not target.grid.is_whole:
-                found.append(transfer(values.float()))
-            keys[name] = tuple(found)
-        return keys
-
-    def _column(
-        self, batch: Batch, number: int, keys: Mapping[str, tuple[int, ...]], transfer: Transfer
-    ) -> dict[str, Any]:
-        mean, total = factors(batch, self.loss_reduction, self.loss_scale)
-        return {
-            "n": batch.n_examples,
-            "pass": number,
-            "sq": {name: transfer[k[0]] for name, k in keys.items()},
-            "dots": {name: transfer[k[1]].astype(np.float64) for name, k in keys.items()},
-            "blocks": {name: transfer[k[2]] for name, k in keys.items() if len(k) > 2},
-            "tokens": batch.label_tokens or [-1] * batch.n_examples,
-            "mean": mean,
-            "sum": total,
-        }
 
     # -- result --------------------------------------------------------------------------
 
@@ -531,88 +459,25 @@ class Probe:
             ProbeError: if no backward pass has been seen.
             CoverageError: if not one parameter's influence could be attributed to examples.
         """
-        if not self._passes:
+        measured = self._measured
+        if not measured.recorder.n_passes:
             raise ProbeError(
                 "no backward pass was seen. Remedy: call the probed model and loss.backward() "
                 "inside the with block, with gradients enabled"
                 + (
-                    f"; {self._skipped} batches were skipped for NaN or infinity"
-                    if self._skipped
+                    f"; {measured.skipped} batches were skipped for NaN or infinity"
+                    if measured.skipped
                     else ""
                 )
             )
-        if self.per_example and self._used and self._used <= set(self._missing):
-            name, reason = next(iter(self._missing.items()))
+        if not measured.covers_something():
+            name, reason = next(iter(measured.missing.items()))
             raise CoverageError(
                 f"no layer of {type(self.model).__name__} is supported: the influence of all "
-                f"{len(self._used)} parameters is missing, first {name}: {reason}. Remedy: "
+                f"{len(measured.used)} parameters is missing, first {name}: {reason}. Remedy: "
                 "per_example=False still measures gradient norms"
             )
-        names = [t.name for t in self._targets.values()]
-        n_examples = sum(c["n"] for c in self._columns)
-        sq = np.zeros((len(names), n_examples))
-        alignment = np.zeros((len(self._directions), len(names), n_examples))
-        block_sq = {
-            t.name: np.zeros((t.grid.n_blocks, n_examples), dtype=np.float32)
-            for t in self._targets.values()
-            if self.per_example and t.name in self._detail and not t.grid.is_whole
-        }
-        start = 0
-        for column in self._columns:
-            span = slice(start, start + column["n"])
-            start += column["n"]
-            for p, name in enumerate(names):
-                if name in column["sq"]:
-                    sq[p, span] = column["sq"][name]
-                    alignment[:, p, span] = column["dots"][name]
-                if name in column["blocks"]:
-                    block_sq[name][:, span] = column["blocks"][name]
-        for p, name in enumerate(names):
-            if name in self._missing and name in self._used:
-                sq[p], alignment[:, p] = np.nan, np.nan
-                if name in block_sq:
-                    block_sq[name][:] = np.nan
-        batch_sq = np.array(
-            [[float(b[n].sum()) if n in b else 0.0 for b in self._passes] for n in names]
-        )
-        block_batch = {
-            t.name: sum((b[t.name] for b in self._passes if t.name in b), np.zeros(t.grid.n_blocks))
-            for t in self._targets.values()
-            if not t.grid.is_whole
-        }
-        chain = itertools.chain.from_iterable
-        return GradientStats(
-            names=names,
-            shapes=[tuple(t.parameter.shape) for t in self._targets.values()],
-            spec=self.spec,
-            sq=sq,
-            batch=np.array([c["pass"] for c in self._columns for _ in range(c["n"])], np.int64),
-            label_tokens=np.array(list(chain(c["tokens"] for c in self._columns)), np.int64),
-            mean_factor=np.array(list(chain(c["mean"] for c in self._columns)), np.float64),
-            sum_factor=np.array(list(chain(c["sum"] for c in self._columns)), np.float64),
-            batch_sq=batch_sq,
-            weight_sq=self._weight_sq,
-            block_sq=block_sq,
-            block_batch_sq=block_batch,
-            directions=list(self._directions),
-            alignment_by_direction=alignment,
-            coverage_list=self._coverage(names),
-            meta=self._meta(),
-        )
-
-    def _coverage(self, names: Sequence[str]) -> list[Coverage]:
-        report = []
-        for name in names:
-            if name not in self._used:
-                report.append(Coverage(name, "unused", "no gradient reached it"))
-            elif not self.per_example:
-                report.append(Coverage(name, "exact", "gradient norm only"))
-            elif name in self._missing:
-                report.append(Coverage(name, "missing", self._missing[name]))
-            else:
-                report.append(Coverage(name, "exact"))
-        report += [Coverage(n, "frozen", "not probed") for n in self._frozen]
-        return report
+        return measured.recorder.stats(measured.coverage(), self._meta())
 
     def _meta(self) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
@@ -625,8 +490,8 @@ class Probe:
             "dtypes": dtypes,
             "loss_reduction": self.loss_reduction,
             "shift_labels": self.shift_labels,
-            "skipped_batches": self._skipped,
-            "mixes_examples": sorted(self._mixing),
+            "skipped_batches": self._measured.skipped,
+            "mixes_examples": sorted(self._measured.mixing),
             "n_model_parameters": sum(p.numel() for p in model_parameters(self.model).values()),
             "torch": str(torch.__version__),
         }

@@ -39,6 +39,39 @@ def check_patterns(
             )
 
 
+def chosen_names(
+    everything: Mapping[str, nn.Parameter],
+    params: Sequence[str] | None,
+    frozen: Sequence[str] | None,
+) -> list[str]:
+    """Names of the parameters to probe, in the model's order.
+
+    Raises:
+        ProbeError: if a pattern matches nothing, nothing is left, or a frozen parameter is not
+            made of floating point numbers (a quantised weight).
+    """
+    check_patterns(params, everything, "params")
+    check_patterns(frozen, everything, "frozen")
+    names = []
+    for name, parameter in everything.items():
+        thawed = frozen is not None and matches(name, frozen) and not parameter.requires_grad
+        if thawed and not parameter.is_floating_point():
+            raise ProbeError(
+                f"frozen: {name} holds {parameter.dtype}, which has no gradient. Remedy: leave it "
+                "out of the pattern, or load the model without quantisation"
+            )
+        if thawed or (parameter.requires_grad and matches(name, params)):
+            names.append(name)
+    if not names:
+        raise ProbeError(
+            "no parameter to probe: none requires a gradient"
+            + (f" and matches {list(params)}" if params else "")
+            + ". Remedy: call requires_grad_(True) on what you want to measure, or name frozen "
+            "parameters with frozen=[...]"
+        )
+    return names
+
+
 def named_directions(
     targets: Direction | Mapping[str, Direction] | None,
     everything: Mapping[str, nn.Parameter],
@@ -63,13 +96,12 @@ def named_directions(
 
 
 def stacked(
-    directions: Mapping[str, Direction], name: str, parameter: nn.Parameter, spec: str
+    directions: Mapping[str, Direction], name: str, parameter: nn.Parameter, grid: BlockGrid
 ) -> Tensor | None:
     """One parameter's part of every direction, ``[k, rows, cols]`` float32 on its device; None
     without directions."""
     if not directions:
         return None
-    grid = BlockGrid.of(parameter.shape, spec)
     rows = [
         d[name].detach().to(parameter.device).reshape(grid.rows, grid.cols)
         if name in d

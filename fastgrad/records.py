@@ -108,8 +108,12 @@ class ParamRecord:
         return self.target.parameter
 
     def refuse(self, reason: str) -> None:
-        """A use of the parameter that no tap covers: its ``T`` will be reported as missing."""
-        self.target.refuse(self.target.name, reason)
+        """A use of the parameter that no tap covers: its ``T`` will be reported as missing, unless
+        the batch is one example."""
+        if self.batch.n_examples == 1:
+            self.batch.refused.append((self.target.name, reason))
+        else:
+            self.target.refuse(self.target.name, reason)
 
     def expect(self, kind: Literal["product", "lookup", "dense"], region: Region | None) -> None:
         if self.batch.counting:
@@ -457,6 +461,8 @@ class Batch:
     on_arrival: Callable[[Batch], None]
     samples: dict[str, Tensor]  # of the self-check, shared by the batches of a backward pass
     owner: Tensor | None = None  # packed rows: int64 [rows, tokens], the example of each token
+    ids: list[int] | None = None  # of the examples, if they were given
+    refused: list[tuple[str, str]] = field(default_factory=list)  # one example: see Measurement
     counting: bool = True  # False while a checkpoint recomputes what was counted before
     mixing: set[str] = field(default_factory=set)  # functions in which examples met each other
     nested: bool = False  # a gradient is being taken inside the backward pass

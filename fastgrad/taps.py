@@ -33,7 +33,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from fastgrad.derived import Root, roots_of, set_derived
 from fastgrad.handlers import HANDLERS, ownership
 from fastgrad.one_by_one import one_by_one
-from fastgrad.ownership import marked, propagate
+from fastgrad.ownership import marked
+from fastgrad.propagation import propagate
 from fastgrad.records import Batch
 
 

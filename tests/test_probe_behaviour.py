@@ -890,11 +890,11 @@ def test_refusals_of_a_batch_that_is_dropped_do_not_count(monkeypatch):
     handle = weight.register_hook(lambda g: g * torch.nan)
     with fg.Probe(model, on_nonfinite="skip") as probe:
         model(**batch_of()).loss.backward()
-        assert probe._skipped == 1
-        assert not probe._missing
+        assert probe._measured.skipped == 1
+        assert not probe._measured.missing
         handle.remove()
         model(**batch_of()).loss.backward()
-        assert set(probe._missing.values()) == {"cancels"}
+        assert set(probe._measured.missing.values()) == {"cancels"}
     weight.register_hook(lambda g: g * torch.nan)
     with fg.Probe(model, strict=True), pytest.raises(fg.errors.NonFiniteGradientError):
         model(**batch_of()).loss.backward()

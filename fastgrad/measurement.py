@@ -1,0 +1,258 @@
+"""What a probe has measured so far: backward passes become columns of the statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor, float64
+
+from fastgrad.batches import Reduction, factors
+from fastgrad.blocks import condensed
+from fastgrad.errors import CoverageError, NonFiniteGradientError
+from fastgrad.recorder import Column, Recorder
+from fastgrad.records import Batch, Target, mismatch
+from fastgrad.stats import Coverage
+from fastgrad.stats_shards import ShardWriter
+from fastgrad.transfer import Transfer
+
+
+class Arrival(NamedTuple):
+    """A parameter's gradient in one backward pass."""
+
+    sq: Tensor  # [n_blocks] squared sums
+    entries: Tensor  # values at the records' common sample
+    narrow: bool  # it came in 16 bits
+    numel: int
+    parts: int  # how often it came: more than once, the last part alone is known
+    dots: Tensor | None  # [k] products with the directions, for a batch of one example
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the numbers are to be understood."""
+
+    per_example: bool
+    reduction: Reduction
+    loss_scale: float | Callable[[], float]
+    strict: bool
+    on_nonfinite: Literal["raise", "skip"]
+
+
+class Measurement:
+    """Raw sums of all backward passes, and what could not be measured.
+
+    Args:
+        targets: what is probed, in the order of the statistics.
+        frozen: names of the model's other parameters.
+        detail: names of the parameters whose per-example block influence is kept.
+        directions: names of the target directions.
+        weight_sq: squared norm of each probed parameter.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        frozen: Sequence[str],
+        detail: set[str],
+        directions: Sequence[str],
+        weight_sq: np.ndarray,
+        settings: Settings,
+        writer: ShardWriter | None = None,
+    ) -> None:
+        self.targets, self.frozen, self.detail = targets, frozen, detail
+        self.settings = settings
+        grids = {t.name: t.grid for t in targets}
+        self.recorder = Recorder(
+            grids,
+            *condensed({n: g.spec for n, g in grids.items()}),
+            detail=detail,
+            directions=directions,
+            weight_sq=weight_sq,
+            per_example=settings.per_example,
+            writer=writer,
+        )
+        self.missing: dict[str, str] = {}
+        self.used: set[str] = set()
+        self.mixing: set[str] = set()
+        self.skipped = 0
+        self._deferred: list[tuple[str, str]] | None = None
+
+    def refuse(self, name: str, reason: str) -> None:
+        """A use of a parameter that no tap covers.
+
+        Raises:
+            CoverageError: if the probe is strict.
+        """
+        if self._deferred is not None:
+            self._deferred.append((name, reason))
+            return
+        if self.settings.strict:
+            raise CoverageError(
+                f"{name}: {reason}. Its cross-influence cannot be measured exactly. "
+                "Remedy: strict=False reports it as missing instead"
+            )
+        self.missing.setdefault(name, reason)
+
+    # -- one backward pass ---------------------------------------------------------------
+
+    def take(self, batches: Sequence[Batch], arrived: Mapping[str, Arrival]) -> bool:
+        """Take in a backward pass; False if it was skipped for NaN or infinity.
+
+        Raises:
+            NonFiniteGradientError: naming the parameters, if such passes are not skipped.
+        """
+        transfer = Transfer()
+        norms = {name: transfer(a.sq) for name, a in arrived.items()}
+        # What is refused here counts only if the batches do: they may hold NaN.
+        self._deferred = [r for b in batches for r in b.refused]
+        alone = len(batches) == 1 and batches[0].n_examples == 1
+        spare: dict[str, tuple[int, ...]] = {}
+        try:
+            checks = self._prepare_checks(batches, arrived, transfer)
+            columns = [self._prepare_column(batch, transfer) for batch in batches]
+            if alone:
+                spare = self._of_gradient(arrived, transfer)
+            transfer.run()
+        finally:
+            refusals, self._deferred = self._deferred, None
+        bad = [name for name, key in norms.items() if not np.isfinite(transfer[key]).all()]
+        if bad:
+            if self.settings.on_nonfinite == "raise":
+                raise NonFiniteGradientError(
+                    bad, "This batch was left out of the statistics; earlier batches are kept."
+                )
+            self.skipped += 1
+            return False
+        self.used |= set(arrived)
+        self.mixing.update(*(b.mixing for b in batches))
+        if self.settings.per_example:
+            seen = set().union(*(b.arrived for b in batches))
+            refusals += [(n, _UNSEEN) for n in arrived if n not in seen]
+        refusals += self._mismatches(checks, arrived, norms, transfer)
+        if alone:  # the batch's gradient is the example's: what no tap covers is known too
+            lacking = [n for n, _ in refusals if n in spare and arrived[n].parts == 1]
+            columns[0] |= {n: spare[n] for n in lacking}
+            refusals = [(n, r) for n, r in refusals if n not in lacking]
+        refusals += [(n, _PARTS) for n, a in arrived.items() if a.parts > 1]
+        for name, reason in refusals:
+            self.refuse(name, reason)
+        made = []
+        if self.settings.per_example:
+            made = [self._column(b, k, transfer) for b, k in zip(batches, columns, strict=True)]
+        self.recorder.add(made, {n: transfer[key].astype(np.float64) for n, key in norms.items()})
+        return True
+
+    def _prepare_checks(
+        self, batches: Sequence[Batch], arrived: Mapping[str, Arrival], transfer: Transfer
+    ) -> dict[str, tuple[int, list[int], bool]]:
+        """What the self-check compares, per parameter: autograd's entries, the taps' sums and
+        whether 16 bits lie between them."""
+        found = {}
+        for name, arrival in arrived.items():
+            records = [b.arrived[name] for b in batches if name in b.arrived]
+            if records and records[0].target.self_check:
+                sums = [transfer(r.sampled) for r in records if r.sampled is not None]
+                rounded = arrival.narrow or any(r.rounded for r in records)
+                found[name] = (transfer(arrival.entries), sums, rounded)
+        return found
+
+    def _mismatches(
+        self,
+        checks: Mapping[str, tuple[int, list[int], bool]],
+        arrived: Mapping[str, Arrival],
+        norms: Mapping[str, int],
+        transfer: Transfer,
+    ) -> list[tuple[str, str]]:
+        found = []
+        for name, (entries, sums, rounded) in checks.items():
+            norm = float(np.sqrt(transfer[norms[name]].sum()))
+            rms = norm / max(arrived[name].numel, 1) ** 0.5
+            error = mismatch(transfer[entries], [transfer[k] for k in sums], rms, rounded)
+            if error is not None:
+                found.append((name, _MISMATCH.format(error)))
+        return found
+
+    def _prepare_column(self, batch: Batch, transfer: Transfer) -> dict[str, tuple[int, ...]]:
+        """Keys of each parameter's squared sums, signed influences and, if kept, blocks."""
+        keys = {}
+        for target in self.targets:
+            name = target.name
+            record = batch.arrived.get(name)
+            result = record.finish() if record is not None else None
+            if result is None:
+                continue
+            values, products = result
+            found = [transfer(values.sum(0, dtype=float64)), transfer(products)]
+            if name in self.detail and not target.grid.is_whole:
+                found.append(transfer(values.float()))
+            keys[name] = tuple(found)
+        return keys
+
+    def _of_gradient(
+        self, arrived: Mapping[str, Arrival], transfer: Transfer
+    ) -> dict[str, tuple[int, ...]]:
+        """The same from the gradient, if that is one example's."""
+        keys = {}
+        for target in self.targets:
+            arrival = arrived.get(target.name)
+            if arrival is None or not self.settings.per_example:
+                continue
+            dots = arrival.sq.new_zeros(0) if arrival.dots is None else arrival.dots
+            found = [transfer(arrival.sq.sum().view(1)), transfer(dots[:, None])]
+            if target.name in self.detail and not target.grid.is_whole:
+                found.append(transfer(arrival.sq[:, None].float()))
+            keys[target.name] = tuple(found)
+        return keys
+
+    def _column(
+        self, batch: Batch, keys: Mapping[str, tuple[int, ...]], transfer: Transfer
+    ) -> Column:
+        scale = self.settings.loss_scale
+        scale = float(scale() if callable(scale) else scale)
+        mean, total = factors(batch, self.settings.reduction, scale)
+        return Column(
+            batch.n_examples,
+            {name: transfer[k[0]] for name, k in keys.items()},
+            {name: transfer[k[1]].astype(np.float64) for name, k in keys.items()},
+            {name: transfer[k[2]] for name, k in keys.items() if len(k) > 2},
+            batch.label_tokens or [-1] * batch.n_examples,
+            mean,
+            total,
+            batch.ids,
+        )
+
+    # -- result --------------------------------------------------------------------------
+
+    def covers_something(self) -> bool:
+        return not (self.settings.per_example and self.used and self.used <= set(self.missing))
+
+    def coverage(self) -> list[Coverage]:
+        """One entry for each parameter of the model."""
+        report = []
+        for name in (t.name for t in self.targets):
+            if name not in self.used:
+                report.append(Coverage(name, "unused", "no gradient reached it"))
+            elif not self.settings.per_example:
+                report.append(Coverage(name, "exact", "gradient norm only"))
+            elif name in self.missing:
+                report.append(Coverage(name, "missing", self.missing[name]))
+            else:
+                report.append(Coverage(name, "exact"))
+        return report + [Coverage(n, "frozen", "not probed") for n in self.frozen]
+
+
+_PARTS = (
+    "its gradient arrived in several parts in one backward pass (reentrant activation "
+    "checkpointing of a shared weight)"
+)
+_UNSEEN = (
+    "it received a gradient that no tap saw: from a function without a tap, from outside the "
+    "probed model's forward pass, or in a second backward pass"
+)
+_MISMATCH = (
+    "the self-check found that the taps' sum differs from autograd's gradient by {:.1%}: part of "
+    "its uses is not covered"
+)
