@@ -95,7 +95,10 @@ def _options(
 
 @blueprint_app.command("create")
 def create(
-    stats: Annotated[Path, typer.Argument(metavar="STATS", help="What `fastgrad probe` wrote.")],
+    stats: Annotated[
+        Path,
+        typer.Argument(metavar="STATS", help="What `fastgrad probe` or a ShardWriter wrote."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
     domain: Annotated[
         list[str] | None, typer.Option(help="What the data is about; may be repeated.")
@@ -117,7 +120,7 @@ def create(
     from fastgrad.stats import GradientStats
 
     blueprint = Blueprint.from_stats(
-        GradientStats.load(stats), domain_tags=domain or [], name_or_path=name, created=created,
+        GradientStats.load(stats, blocks=False), domain_tags=domain or [], name_or_path=name, created=created,
         tokens_per_step=tokens_per_step,
     )  # fmt: skip
     path = blueprint.save_pretrained(output)
@@ -250,7 +253,7 @@ def select_command(
 
     blueprint = Blueprint.from_pretrained(path)
     if local is not None:
-        blueprint = blueprint.blend(GradientStats.load(local), weight=_weight(weight))
+        blueprint = blueprint.blend(GradientStats.load(local, blocks=False), weight=_weight(weight))
     reads_weights = ranking in ("magnitude", "relative")
     folder = model
     if folder is None and (memory is not None or ranking == "magnitude" or blocks == HEAD):

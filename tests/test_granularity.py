@@ -28,6 +28,7 @@ def test_one_granularity_holds_for_all():
     for spec in ("module", "row", "8x8", "4x*"):
         assert resolve(model, spec) == dict.fromkeys(names, spec)
     assert set(resolve(model).values()) == {"module"}
+    assert resolve(nn.ReLU(), "row") == {}  # no parameter, but no pattern that missed one either
 
 
 def test_the_first_pattern_that_matches_counts():
