@@ -60,12 +60,44 @@ def one_by_one(
         copies[i] = spread
     with torch.no_grad():
         whole = func(*args, **kwargs)
+    found: Any = ""
+    for states in ({}, _states(leaves, copies, owned, n)):  # initial states have rows for each too
+        places = {**owned, **states}
+        results = _results(func, leaves, spec, copies, places, n)
+        found = results if isinstance(results, str) else _joined(whole, results, n)
+        if not isinstance(found, str):
+            break
+    return found
+
+
+def _states(
+    leaves: list[Any], copies: dict[int, Tensor], owned: dict[int, Mark], n: int
+) -> dict[int, Mark]:
+    """Constants with one dimension as long as the batch, as a recurrent layer's zeros are."""
+    found = {}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and i not in copies and i not in owned:
+            places = [d for d, size in enumerate(leaf.shape) if size == n]
+            if len(places) == 1 and not leaf.requires_grad:
+                found[i] = Mark(places[0])
+    return found
+
+
+def _results(
+    func: Any,
+    leaves: list[Any],
+    spec: Any,
+    copies: dict[int, Tensor],
+    places: dict[int, Mark],
+    n: int,
+) -> list[tuple[list[Any], Any]] | str:
+    """What the function gives for each example alone."""
     results = []
     for j in range(n):
         mine = list(leaves)
         for i, copy in copies.items():
             mine[i] = copy[j]
-        for i, m in owned.items():
+        for i, m in places.items():
             step = leaves[i].shape[m.dim] // n
             mine[i] = leaves[i].narrow(m.dim, j * step, step)
         new_args, new_kwargs = tree_unflatten(mine, spec)
@@ -73,7 +105,7 @@ def one_by_one(
             results.append(tree_flatten(func(*new_args, **new_kwargs)))
         except (RuntimeError, ValueError, IndexError):
             return "it does not take one example alone"
-    return _joined(whole, results, n)
+    return results
 
 
 def _expanded(

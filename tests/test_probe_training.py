@@ -1,0 +1,355 @@
+"""The probe in the loops people have: adapters, quantised bases, scalers, clipping, packing."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastgrad as fg
+from fastgrad.errors import ProbeError
+from tests.models import MODELS, VOCAB, batch_of, llama, one_example, randomised
+
+
+def alone(model, batch, j, names, loss_of=lambda m, b: m(**b).loss):
+    """Gradient norms of one example's own mean loss, ``[len(names)]``."""
+    model.zero_grad()
+    loss_of(model, one_example(batch, j)).backward()
+    own = dict(model.named_parameters())
+    return np.array([0.0 if own[n].grad is None else float(own[n].grad.norm()) for n in names])
+
+
+def assert_exact(stats, model, batch, rtol=1e-4, **kwargs):
+    assert {c.status for c in stats.coverage.values()} <= {"exact", "unused", "frozen"}, [
+        c for c in stats.coverage.values() if c.reason
+    ]
+    assert not stats.meta["mixes_examples"]
+    T = stats.influence("example_mean")
+    for j in range(T.shape[1]):
+        want = alone(model, batch, j, stats.names, **kwargs)
+        floor = 1e-3 * want.max()
+        assert (abs(T[:, j] - want) <= rtol * np.maximum(want, floor)).all(), j
+
+
+# -- adapters ----------------------------------------------------------------------------
+
+
+def adapted(**kwargs):
+    from peft import LoraConfig, get_peft_model
+
+    options = {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], **kwargs}
+    model = get_peft_model(randomised(llama), LoraConfig(init_lora_weights=False, **options))
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, {"use_rslora": True},
+     {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("blocks", ["module", "row"])
+def test_lora_and_dora(options, blocks):
+    """DoRA's magnitude is divided by the norm of the adapted weight: a function of parameters."""
+    model, batch = adapted(**options), batch_of()
+    with fg.Probe(model, blocks, strict=True) as probe:
+        model(**batch).loss.backward()
+    assert_exact(probe.stats(), model, batch)
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "PromptTuningConfig", "PrefixTuningConfig",
+                                  "VeraConfig", "LoKrConfig"])  # fmt: skip
+def test_other_adapters(kind):
+    import peft
+
+    options = {
+        "IA3Config": {"target_modules": ["k_proj", "down_proj"],
+                      "feedforward_modules": ["down_proj"]},
+        "PromptTuningConfig": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3},
+        "PrefixTuningConfig": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3},
+        "VeraConfig": {"target_modules": ["q_proj"], "r": 4},
+        "LoKrConfig": {"target_modules": ["q_proj"], "r": 2},
+    }[kind]  # fmt: skip
+    model = peft.get_peft_model(randomised(llama), getattr(peft, kind)(**options))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    batch = batch_of()
+    with fg.Probe(model, strict=True) as probe:
+        model(**batch).loss.backward()
+    assert_exact(probe.stats(), model, batch)
+
+
+def test_what_a_custom_function_hides_is_missing_and_one_example_is_exact_all_the_same():
+    """LoHa's product is a custom autograd function, which PyTorch announces to nobody."""
+    import peft
+
+    model = peft.get_peft_model(
+        randomised(llama), peft.LoHaConfig(target_modules=["q_proj"], r=2, init_weights=False)
+    )
+    model.base_model.model.lm_head.weight.requires_grad_(True)
+    batch = batch_of()
+    with fg.Probe(model) as probe:
+        model(**batch).loss.backward()
+    missing = {n: c for n, c in probe.stats().coverage.items() if c.status == "missing"}
+    assert len(missing) == 8
+    assert all("hada" in n and "no tap saw" in c.reason for n, c in missing.items())
+    single = one_example(batch, 0)
+    targets = {n: torch.ones_like(p) for n, p in model.named_parameters() if p.requires_grad}
+    with fg.Probe(model, "4x*", targets=targets, strict=True) as probe:
+        model(**single).loss.backward()
+    stats = probe.stats()
+    assert_exact(stats, model, single)
+    own = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    for p, name in enumerate(stats.names):
+        np.testing.assert_allclose(stats.alignment[p, 0], float(own[name].sum()), atol=1e-4)
+        squares = float((stats.blocks(name)[:, 0] ** 2).sum())
+        np.testing.assert_allclose(squares, float(own[name].square().sum()), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_lora_on_a_quantised_base(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig, get_peft_model
+
+    model = randomised(llama)
+    for name, m in list(model.named_modules()):
+        if not isinstance(m, nn.Linear) or name == "lm_head":
+            continue
+        weight = m.weight.data.clone()
+        if kind == "8bit":
+            q = bnb.nn.Linear8bitLt(m.in_features, m.out_features, bias=False,
+                                    has_fp16_weights=False, threshold=6.0)  # fmt: skip
+            q.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            q = bnb.nn.Linear4bit(m.in_features, m.out_features, bias=False,
+                                  compute_dtype=torch.float32, quant_type="nf4")  # fmt: skip
+            q.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        model.set_submodule(name, q.to("cpu"))
+    model.requires_grad_(False)
+    model = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    # as many examples as tokens: sizes say nothing where the quantised product hides its own
+    for batch in (batch_of(), batch_of(9, 9)):
+        with fg.Probe(model, strict=True) as probe:
+            model(**batch).loss.backward()
+        assert_exact(probe.stats(), model, batch)
+    base = next(n for n, p in model.named_parameters() if not p.is_floating_point())
+    with pytest.raises(ProbeError, match="which has no gradient"):
+        fg.Probe(model, frozen=[base])
+
+
+def test_frozen_parameters_are_measured_and_stay_as_they_are():
+    model, batch = randomised(llama), batch_of()
+    whole = copy.deepcopy(model)
+    with fg.Probe(whole) as probe:
+        whole(**batch).loss.backward()
+    want = probe.stats()
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([model.lm_head.weight])
+    with fg.Probe(model, frozen=["model.*"], strict=True) as probe:
+        for _ in range(2):
+            model(**batch).loss.backward()
+            assert [n for n, p in model.named_parameters() if p.grad is not None] == [
+                "lm_head.weight"
+            ]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+    got = probe.stats()
+    assert got.names == want.names
+    np.testing.assert_allclose(got.T, np.tile(want.T, 2), rtol=1e-5)
+    np.testing.assert_allclose(got.grad_norm, want.grad_norm, rtol=1e-5)
+    optimizer.step()
+    with pytest.raises(ProbeError, match=r"frozen: the pattern 'none\.\*'"):
+        fg.Probe(model, frozen=["none.*"])
+
+
+# -- loops -------------------------------------------------------------------------------
+
+
+def test_float16_autocast_with_a_grad_scaler():
+    model, batch = randomised(llama), batch_of()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def loss_of(m, b):
+        with torch.autocast("cpu", torch.float16):
+            return m(**b).loss
+
+    with fg.Probe(model, loss_scale=scaler.get_scale, strict=True) as probe:
+        for _ in range(2):  # the scale doubles in between
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, batch)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    stats = probe.stats()
+    assert scaler.get_scale() == 256.0
+    np.testing.assert_allclose(stats.T[:, 3:], 2 * stats.T[:, :3], rtol=2e-2)
+    for j in range(3):
+        want = alone(model, batch, j, stats.names, loss_of)
+        for column in (j, j + 3):
+            got = stats.influence("example_mean")[:, column]
+            # float16 carries 11 bits; the scaled and the unscaled gradient round at other places
+            assert (abs(got - want) <= 2e-2 * np.maximum(want, 1e-2 * want.max())).all()
+
+
+def test_clipping_comes_after_the_measurement():
+    model, batch = randomised(llama), batch_of()
+    with fg.Probe(model) as probe:
+        model(**batch).loss.backward()
+        total = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    stats = probe.stats()
+    np.testing.assert_allclose(np.sqrt((stats.grad_norm**2).sum()), float(total), rtol=1e-4)
+    clipped = sum(float(p.grad.square().sum()) for p in model.parameters())
+    assert clipped < 1.1e-6
+
+
+def test_tokens_of_the_whole_accumulated_batch_as_divisor():
+    """transformers' Trainer divides every part's loss by the label tokens of all parts."""
+    model = randomised(llama)
+    parts = [batch_of(3, masked=True, seed=1), batch_of(2, 6, seed=2)]
+    tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in parts)
+    with fg.Probe(model, strict=True) as probe:
+        for batch in parts:
+            model(**batch, num_items_in_batch=torch.tensor(tokens)).loss.backward()
+    stats = probe.stats()
+    column = 0
+    for batch in parts:
+        for j in range(len(batch["labels"])):
+            want = alone(model, batch, j, stats.names)
+            count = stats.label_tokens[column]
+            for scale, factor in (("example_mean", 1), ("example_sum", count),
+                                  ("contribution", count / tokens)):  # fmt: skip
+                np.testing.assert_allclose(
+                    stats.influence(scale)[:, column], want * factor, rtol=2e-4, err_msg=scale
+                )
+            column += 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("flash", [False, True], ids=["positions", "cu_seq_lens"])
+@pytest.mark.parametrize("blocks", ["module", "8x8"])
+def test_rows_packed_by_transformers_collator(architecture, flash, blocks):
+    from transformers import DataCollatorWithFlattening
+
+    model = randomised(MODELS[architecture])
+    model.config.use_cache = False
+    lengths = [5, 3, 7]
+    g = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, VOCAB, (k,), generator=g).tolist() for k in lengths]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flash)
+    packed = dict(collate([{"input_ids": r} for r in rows]))
+    with fg.Probe(model, blocks, strict=True) as probe:
+        model(**packed).loss.backward()
+    stats = probe.stats()
+    assert stats.label_tokens.tolist() == [k - 1 for k in lengths]
+    for j, row in enumerate(rows):
+        ids = torch.tensor([row])
+        want = alone(model, {"input_ids": ids, "labels": ids}, 0, stats.names)
+        got = stats.influence("example_mean")[:, j]
+        assert (abs(got - want) <= 1e-4 * np.maximum(want, 1e-3 * want.max())).all()
+        for p, name in enumerate(stats.names):
+            squares = (stats.blocks(name, "example_mean")[:, j] ** 2).sum()
+            np.testing.assert_allclose(np.sqrt(squares), got[p], rtol=1e-4, atol=1e-8)
+
+
+# -- layers of PyTorch's own -------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    def __init__(self, layer: nn.Module, rows_first: bool) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(VOCAB, 16), layer
+        self.head, self.rows_first = nn.Linear(16, VOCAB), rows_first
+
+    def forward(self, input_ids, labels, **unused):
+        x = self.embed(input_ids)
+        x = self.layer(x if self.rows_first else x.transpose(0, 1))
+        x = x[0] if isinstance(x, tuple) else x
+        x = x if self.rows_first else x.transpose(0, 1)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("rows_first", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda first: nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=first),
+        lambda first: nn.LSTM(16, 16, batch_first=first),
+        lambda first: nn.GRU(16, 16, 2, batch_first=first, bidirectional=False),
+    ],
+    ids=["encoder", "lstm", "gru"],
+)
+def test_layers_of_pytorch(make, rows_first):
+    torch.manual_seed(0)
+    model, batch = Tagger(make(rows_first), rows_first), batch_of()
+    with fg.Probe(model, strict=True) as probe:
+        model(**batch).backward()
+    assert_exact(probe.stats(), model, batch, loss_of=lambda m, b: m(**b))
+
+
+# -- what the probe offers ---------------------------------------------------------------
+
+
+def test_heads_roll_up_to_their_projection():
+    model, batch = randomised(llama), batch_of()
+    with fg.Probe(model, "head", strict=True) as probe:
+        model(**batch).loss.backward()
+    heads = probe.stats()
+    model.zero_grad()
+    with fg.Probe(model) as probe:
+        model(**batch).loss.backward()
+    whole = probe.stats()
+    np.testing.assert_allclose(heads.T, whole.T, rtol=1e-5)
+    query, back = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "qo")
+    assert heads.blocks(query).shape == heads.blocks(back).shape == (4, 3)
+    for j in range(3):
+        model.zero_grad()
+        model(**one_example(batch, j)).loss.backward()
+        own = dict(model.named_parameters())
+        rows = own[query].grad.view(4, 8, 32).flatten(1).norm(dim=1)
+        cols = own[back].grad.view(32, 4, 8).transpose(0, 1).flatten(1).norm(dim=1)
+        for name, want in ((query, rows), (back, cols)):
+            np.testing.assert_allclose(heads.blocks(name, "example_mean")[:, j], want, rtol=1e-4)
+
+
+def test_a_folder_holds_what_memory_would(tmp_path):
+    model = randomised(llama)
+    batches = [batch_of(n, seed=n) for n in (3, 2, 4, 1, 3)]
+
+    def probed(**kwargs):
+        with fg.Probe(model, "8x*", detail=["*.q_proj.*"], **kwargs) as probe:
+            for k, batch in enumerate(batches):
+                probe.next_ids([100 * k + j for j in range(len(batch["labels"]))])
+                model.zero_grad()
+                model(**batch).loss.backward()
+        return probe.stats()
+
+    want = probed()
+    assert want.example_ids.tolist()[:5] == [0, 1, 2, 100, 101]
+    seen = probed(shards=tmp_path / "stats", shard_examples=4)
+    assert len(list((tmp_path / "stats").glob("*.safetensors"))) == 3
+    got = fg.GradientStats.load(tmp_path / "stats")
+    for one in (seen, got):
+        np.testing.assert_array_equal(one.T, want.T)
+        np.testing.assert_array_equal(one.batch, want.batch)
+        np.testing.assert_array_equal(one.batch_sq, want.batch_sq)
+        np.testing.assert_array_equal(one.example_ids, want.example_ids)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    np.testing.assert_array_equal(got.blocks(name), want.blocks(name))
+    with pytest.raises(fg.errors.StatsError, match="holds statistics already"):
+        fg.Probe(model, shards=tmp_path / "stats")
+
+
+def test_ids_must_fit_their_batch():
+    model = randomised(llama)
+    with fg.Probe(model) as probe:
+        probe.next_ids([1, 2])
+        with pytest.raises(ProbeError, match="2 example ids were given for a batch of 3"):
+            model(**batch_of())
