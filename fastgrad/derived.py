@@ -21,8 +21,7 @@ from fastgrad.records import Batch, ParamRecord
 from fastgrad.regions import Region, region_of
 from fastgrad.rows import Rows
 
-_ROOT = "_fastgrad_root"
-_DERIVED = "_fastgrad_derived"
+_MADE = "_fastgrad_made"  # what a tensor is made of: the parts of its own root, or its roots
 
 
 class Root(NamedTuple):
@@ -51,31 +50,41 @@ def masked(ids: Tensor, gradients: Tensor, root: Root) -> Tensor:
     return gradients.masked_fill((ids == root.padding).unsqueeze(1), 0)
 
 
+def may_have_roots(tensor: Tensor, batch: Batch) -> bool:
+    """False for nearly all tensors, at little cost: they are no parameters and made of none."""
+    return id(tensor) in batch.targets or hasattr(tensor, _MADE)
+
+
 def roots_of(tensor: Tensor, batch: Batch) -> tuple[Root, ...]:
     """What a tensor is made of; empty if it is no probed parameter's."""
     record = batch.lookup(tensor)
     if record is not None:
         return (Root(record, tensor),)
-    at = getattr(tensor, _ROOT, None)
-    if at is not None:
-        record, ids, padding = at
-        return (Root(record, tensor, ids, padding),) if record.batch is batch else ()
-    found = getattr(tensor, _DERIVED, ())
-    return found if found and found[0].record.batch is batch else ()
+    made = getattr(tensor, _MADE, None)
+    if made is None:
+        return ()
+    if isinstance(made, _Lookup):
+        own = Root(made.record, tensor, made.ids, made.padding)
+        return (own,) if made.record.batch is batch else ()
+    return made if made[0].record.batch is batch else ()
+
+
+class _Lookup(NamedTuple):
+    """A root without its tensor: that must not refer to itself, or the circle would stay."""
+
+    record: ParamRecord
+    ids: Tensor
+    padding: int | None
 
 
 def set_root(tensor: Tensor, record: ParamRecord, ids: Tensor, padding: int | None) -> None:
-    """``tensor`` is a lookup of shared ids. It must not refer to itself: a circle would stay."""
-    setattr(tensor, _ROOT, (record, ids, padding))
+    """``tensor`` is a lookup of shared ids."""
+    setattr(tensor, _MADE, _Lookup(record, ids, padding))
 
 
 def set_derived(tensor: Tensor, roots: Sequence[Root]) -> None:
     unique = {id(r.tensor): r for r in roots}
-    setattr(tensor, _DERIVED, tuple(unique.values()))
-
-
-def names(roots: Sequence[Root]) -> set[str]:
-    return {r.record.target.name for r in roots}
+    setattr(tensor, _MADE, tuple(unique.values()))
 
 
 def expanded_size(tensor: Tensor, roots: Sequence[Root], n: int) -> int:

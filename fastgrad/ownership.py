@@ -17,6 +17,7 @@ a size decides only if no other dimension of the batch has it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,6 @@ from torch import Tensor
 
 NONE = -1
 _MANY = -2
-_MARK = "_fastgrad_examples"
 
 
 class Mark(NamedTuple):
@@ -33,6 +33,12 @@ class Mark(NamedTuple):
 
     dim: int
     owner: Tensor | None = None
+    batch: int = 0  # number of the forward pass; the mark of another one says nothing
+
+    @property
+    def many(self) -> bool:
+        """Made of several examples' activations: a mean over the batch, a loss."""
+        return self.dim == _MANY
 
     @property
     def owned(self) -> bool:
@@ -48,17 +54,26 @@ class Mark(NamedTuple):
 
 
 NOBODY = Mark(NONE)
-MANY = Mark(_MANY)  # made of several examples' activations: a mean over the batch, a loss
+MANY = Mark(_MANY)
+
+
+@lru_cache(maxsize=64)
+def _stamped(dim: int, batch: int) -> Mark:
+    """One object for all tensors that say the same: hundreds of small ones in each forward pass
+    would keep Python's garbage collector busy."""
+    return Mark(dim, None, batch)
 
 
 def mark(tensor: Tensor, batch: int, found: Mark) -> None:
-    setattr(tensor, _MARK, (batch, found))
+    if found.batch != batch:
+        found = _stamped(found.dim, batch) if found.owner is None else found._replace(batch=batch)
+    tensor._fastgrad_examples = found  # type: ignore[attr-defined]
 
 
 def marked(tensor: Tensor, batch: int) -> Mark | None:
     """What is known of a tensor; None if nothing is."""
-    found = getattr(tensor, _MARK, None)
-    return found[1] if found is not None and found[0] == batch else None
+    found: Mark | None = getattr(tensor, "_fastgrad_examples", None)
+    return found if found is not None and found.batch == batch else None
 
 
 def carry(module: torch.nn.Module, args: Any, output: Any, batch: int) -> None:
@@ -76,14 +91,17 @@ def carry(module: torch.nn.Module, args: Any, output: Any, batch: int) -> None:
         mark(output, batch, found)
 
 
-def tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:
+def tensors_in(values: Iterable[Any], found: list[Tensor] | None = None) -> list[Tensor]:
+    """The tensors among ``values``, also inside lists, tuples and dictionaries."""
+    found = [] if found is None else found
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
+            tensors_in(value, found)
         elif isinstance(value, dict):
-            yield from tensors_in(value.values())
+            tensors_in(value.values(), found)
+    return found
 
 
 def functions(*names: str) -> set[Any]:

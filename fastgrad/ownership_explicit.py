@@ -17,6 +17,7 @@ _VIEWS = functions(
     "flatten", "unflatten", "view", "reshape", "view_as", "expand", "expand_as", "broadcast_to",
     "diagonal", "__iter__",
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}  # fmt: skip
+_RESHAPED = functions("view", "reshape", "view_as", "flatten", "unflatten")
 _GETITEM = functions("__getitem__")
 _ROLLS = functions("flip", "roll")
 _REPEATS = functions("repeat_interleave")
@@ -122,8 +123,7 @@ def _moved(
                 return owner
         return func(wide, *args[1:], **kwargs)
     wide = owner.expand(x.shape)
-    reshaped = func in functions("view", "reshape", "view_as", "flatten", "unflatten")
-    if not reshaped:
+    if func not in _RESHAPED:
         return func(wide, *args[1:], **kwargs)
     shape = list(func(x, *args[1:], **kwargs).shape)
     # trailing dimensions that say nothing and stay as they are need not be copied

@@ -153,6 +153,8 @@ RESHAPES = functions("view", "reshape", "flatten", "unflatten", "squeeze", "unsq
 LOOKUPS = functions("embedding", "one_hot")  # new dimensions come behind
 PRODUCTS = functions("matmul", "mm", "bmm", "__matmul__", "__rmatmul__")
 MADE = functions("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+# all that have rules here
+BY_RULE = {*_RULES, torch.einsum} | RESHAPES | LOOKUPS | PRODUCTS | MADE
 
 
 def _kept(

@@ -9,23 +9,38 @@ from torch import Tensor
 
 from fastgrad.ownership import MANY, NOBODY, NONE, Mark, functions, mark, marked, tensors_in
 from fastgrad.ownership_explicit import PICKS, all_same, explicit, picked
-from fastgrad.ownership_uniform import uniform
+from fastgrad.ownership_uniform import BY_RULE, uniform
 
 _WRITES = {Tensor.index_add_, Tensor.__setitem__, Tensor.index_copy_, Tensor.index_put_}
-_WRITES |= functions("index_add")
+_INDEX_ADD = functions("index_add", "index_add_")
+_WRITES |= _INDEX_ADD
 
 
 def propagate(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, batch: int, n: int
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Any,
+    batch: int,
+    n: int,
+    tensors: list[Tensor] | None = None,
 ) -> bool:
     """Mark the output of ``func(*args, **kwargs)`` in a batch of ``n`` examples.
 
     True if activations of different examples were mixed: one example's loss then depends on the
-    others, and its gradient in the batch is not that which it would have alone.
+    others, and its gradient in the batch is not that which it would have alone. ``tensors``: those
+    among the arguments, if the caller knows them.
     """
-    known = [
-        (t, m) for t in tensors_in((*args, *kwargs.values())) if (m := marked(t, batch)) is not None
-    ]
+    if tensors is None:
+        tensors = tensors_in((*args, *kwargs.values()))
+    known = [(t, m) for t in tensors if (m := marked(t, batch)) is not None]
+    if known and isinstance(out, Tensor) and func not in _SPECIAL:  # nearly all functions
+        x, first = known[0]
+        same = first.dim >= 0 and out.ndim == x.ndim and out.shape[first.dim] == x.shape[first.dim]
+        if same and all(m is first and t.ndim == x.ndim for t, m in known[1:]):
+            if not any(out is t for t in tensors):
+                mark(out, batch, first)
+            return False
     if func in _WRITES:
         _written(func, args, kwargs, known, out, batch, n)
         return False
@@ -33,7 +48,7 @@ def propagate(
         return False
     outs = [t for t in tensors_in((out,)) if not any(t is k for k, _ in known)]
     owned = [(t, m) for t, m in known if m.owned]
-    many = any(m is MANY and t.requires_grad for t, m in known)
+    many = any(m.many and t.requires_grad for t, m in known)
     mixing = n > 1 and bool(owned) and (many or (func in _NORMS and _of_batch(func, args, kwargs)))
     if not outs:
         return mixing  # in place, or handed through: it keeps its mark
@@ -59,11 +74,13 @@ def propagate(
     return mixing
 
 
+# Functions of whose output it is not enough to know that the dimension's size is the same.
+_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
+_SPECIAL = BY_RULE | PICKS | _WRITES | _NORMS
+
+
 def _unowned(out: Tensor, owned: list[tuple[Tensor, Mark]]) -> Mark:
     return MANY if out.requires_grad and any(t.requires_grad for t, _ in owned) else NOBODY
-
-
-_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
 
 
 def _of_batch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -84,7 +101,7 @@ def _written(
     must arrive where their owner's rows are."""
     marks = {id(t): m for t, m in known}
     key: Any
-    if func in functions("index_add", "index_add_"):
+    if func in _INDEX_ADD:
         x, dim, index, source = (*args, *(kwargs.get(k) for k in ("dim", "index", "source")
                                           if k in kwargs))[:4]  # fmt: skip
         if not isinstance(dim, int) or not isinstance(index, Tensor):

@@ -166,8 +166,10 @@ class ParamRecord:
                 self._keep_factors(factors)
 
         def sampled(index: Tensor) -> Tensor:
+            if region == self.target.region:
+                return _wide(grad.reshape(-1)[index])
             row, col, here = region.entries(index)
-            return _wide(grad)[row, col] * here
+            return _wide(grad[row, col]) * here
 
         self._check_in(sampled)
         return grad

@@ -23,17 +23,17 @@ modules that are used twice and weights shared by several modules need no specia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from fastgrad.derived import Root, roots_of, set_derived
+from fastgrad.derived import Root, may_have_roots, roots_of, set_derived
 from fastgrad.handlers import HANDLERS, ownership
 from fastgrad.one_by_one import one_by_one
-from fastgrad.ownership import marked
+from fastgrad.ownership import marked, tensors_in
 from fastgrad.propagation import propagate
 from fastgrad.records import Batch
 
@@ -53,21 +53,24 @@ class TapMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         batch = self.batch()
-        if batch is None:
+        if batch is None or func in _QUESTIONS:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():  # a reentrant checkpoint: only whose rows are whose counts
             out = func(*args, **kwargs)
             propagate(func, args, kwargs, out, batch.index, batch.n_examples)
             return out
+        tensors = tensors_in(args)
+        if kwargs:
+            tensors_in(kwargs.values(), tensors)
         out = NotImplemented
-        roots = [(t, r) for t in _tensors((args, kwargs)) if (r := roots_of(t, batch))]
-        if not roots:
+        if not any(may_have_roots(t, batch) for t in tensors):
             out = func(*args, **kwargs)
         elif (handler := HANDLERS.get(func)) is not None:
             out = handler(batch, func, *args, **kwargs)
         if out is NotImplemented:
-            out = _general(batch, func, args, kwargs, roots)
-        if propagate(func, args, kwargs, out, batch.index, batch.n_examples):
+            roots = [(t, r) for t in tensors if (r := roots_of(t, batch))]
+            out = _general(batch, func, args, kwargs, roots) if roots else func(*args, **kwargs)
+        if propagate(func, args, kwargs, out, batch.index, batch.n_examples, tensors):
             batch.mixing.add(resolve_name(func) or str(func))
         return out
 
@@ -82,7 +85,7 @@ def _general(
     """A function without a tap of its own that a parameter enters, or what was made of one."""
     known = {id(t) for t, _ in parametric}
     roots = [r for _, found in parametric for r in found]
-    others = [t for t in _tensors((args, kwargs)) if id(t) not in known]
+    others = [t for t in tensors_in((args, kwargs)) if id(t) not in known]
     if any(ownership(t, batch).owned for t in others):
         name = resolve_name(func) or str(func)
         out = one_by_one(batch, func, args, kwargs, known)
@@ -90,12 +93,12 @@ def _general(
             return out
         reason = f"used by {name}, which has no tap: {out}"
         out = func(*args, **kwargs)
-        if func is Tensor.__setitem__ or any(t.requires_grad for t in _tensors((out,))):
+        if func is Tensor.__setitem__ or any(t.requires_grad for t in tensors_in((out,))):
             for root in roots:
                 root.record.refuse(reason)
         return out
     out = func(*args, **kwargs)
-    fresh = [t for t in _tensors((out,)) if t.requires_grad and batch.lookup(t) is None]
+    fresh = [t for t in tensors_in((out,)) if t.requires_grad and batch.lookup(t) is None]
     if not fresh:
         return out
     # which expert is meant says nothing about whose rows it will meet
@@ -113,15 +116,17 @@ def _general(
     return out
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-
+# What a model asks of a tensor all the time without computing anything.
+_PROPERTIES = (
+    "shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn", "layout", "is_cuda",
+    "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "_version", "grad", "itemsize",
+)  # fmt: skip
+_METHODS = (
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous",
+    "is_floating_point", "is_complex", "element_size", "data_ptr", "register_hook", "get_device",
+    "__len__", "__bool__", "__int__", "__float__", "item", "tolist",
+)  # fmt: skip
+_QUESTIONS = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)}
+_QUESTIONS |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
 
 __all__ = ["HANDLERS", "TapMode"]
