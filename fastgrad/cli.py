@@ -120,8 +120,8 @@ def create(
     from fastgrad.stats import GradientStats
 
     blueprint = Blueprint.from_stats(
-        GradientStats.load(stats, blocks=False), domain_tags=domain or [], name_or_path=name, created=created,
-        tokens_per_step=tokens_per_step,
+        GradientStats.load(stats, blocks=False), domain_tags=domain or [], name_or_path=name,
+        created=created, tokens_per_step=tokens_per_step,
     )  # fmt: skip
     path = blueprint.save_pretrained(output)
     if as_json:
