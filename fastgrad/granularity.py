@@ -61,6 +61,7 @@ def resolve(
 
     check_blocks(blocks)
     everything = list(model_parameters(model))
+    wanted = None if names is None else set(names)
     asked = {"*": blocks} if isinstance(blocks, str) else blocks
     for pattern in asked if not isinstance(blocks, str) else ():
         if not any(fnmatch.fnmatchcase(n, pattern) for n in everything):
@@ -71,7 +72,7 @@ def resolve(
     chosen = {
         n: next((s for p, s in asked.items() if fnmatch.fnmatchcase(n, p)), "module")
         for n in everything
-        if names is None or n in names
+        if wanted is None or n in wanted
     }
     return _with_heads(model, chosen) if HEAD in chosen.values() else chosen
 
