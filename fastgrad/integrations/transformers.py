@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastgrad.choosing import select
 from fastgrad.errors import FastgradError, MissingExtraError, PartialError
-from fastgrad.granularity import check_blocks
+from fastgrad.granularity import Blocks, check_blocks
 from fastgrad.identity import model_parameters
 from fastgrad.optim import SparseAdamW
 from fastgrad.packed import PartialModule
@@ -68,7 +68,7 @@ def measure(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     *,
-    blocks: str = "module",
+    blocks: Blocks = "module",
     per_example: bool = True,
     loss_reduction: Reduction = "token_mean",
 ) -> tuple[GradientStats, float]:
@@ -147,7 +147,7 @@ class BlueprintCallback(TrainerCallback):
         validation_batches: Iterable[Mapping[str, Any]],
         at: Sequence[float] = (0.5, 0.8, 1.0),
         *,
-        blocks: str = "module",
+        blocks: Blocks = "module",
         domain_tags: Sequence[str] = (),
         output_dir: str | os.PathLike[str] | None = None,
         loss_reduction: Reduction = "token_mean",
