@@ -19,7 +19,8 @@ _VIEWS = functions(
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}  # fmt: skip
 _RESHAPED = functions("view", "reshape", "view_as", "flatten", "unflatten")
 _GETITEM = functions("__getitem__")
-_ROLLS = functions("flip", "roll")
+_ROLL = functions("roll")
+_ROLLS = functions("flip") | _ROLL
 _REPEATS = functions("repeat_interleave")
 _INDEX_SELECT = functions("index_select")
 _CAT = functions("cat", "concat", "concatenate")
@@ -111,17 +112,14 @@ def _moved(
 ) -> Any:
     if func in _GETITEM:
         return picked(x, owner, args[1])
-    if func in _INDEX_SELECT | _REPEATS | _ROLLS:
-        wide = owner.expand(x.shape)
-        # keep the dimensions that say nothing from being copied
-        dim = args[-1] if func in _REPEATS else args[1] if len(args) > 1 else None
-        along = kwargs.get("dim", kwargs.get("dims", dim))
-        if isinstance(along, int):
-            keep = along % x.ndim
-            wide = owner if owner.shape[keep] > 1 else owner.transpose(0, 0)
-            if owner.shape[keep] == 1:
-                return owner
-        return func(wide, *args[1:], **kwargs)
+    if func in _INDEX_SELECT | _REPEATS:
+        place = 1 if func in _INDEX_SELECT else 2
+        dim = kwargs.get("dim", args[place] if len(args) > place else None)
+        if dim is None:  # of all elements in a row
+            return func(owner.expand(x.shape), *args[1:], **kwargs)
+        return owner if owner.shape[dim] == 1 else func(owner, *args[1:], **kwargs)
+    if func in _ROLLS and (len(args) > 2 or "dims" in kwargs or func not in _ROLL):
+        return func(owner, *args[1:], **kwargs)  # nothing moves along dimensions of size one
     wide = owner.expand(x.shape)
     if func not in _RESHAPED:
         return func(wide, *args[1:], **kwargs)

@@ -100,13 +100,15 @@ def _select(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
     return dim - (along % x.ndim < dim)
 
 
+def _flip(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
+    over = kw.get("dims", args[0] if args and not isinstance(args[0], int) else args)
+    return NONE if dim in {d % x.ndim for d in over} else dim
+
+
 def _roll(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
-    """The last argument names the dimensions along which indices move."""
-    over = kw.get("dims", args[-1] if args else None)
+    over = kw.get("dims", args[1] if len(args) > 1 else None)
     over = (over,) if isinstance(over, int) else over
-    if not isinstance(over, list | tuple):
-        return NONE
-    return dim if all(d % x.ndim != dim for d in over) else NONE
+    return dim if over and all(d % x.ndim != dim for d in over) else NONE
 
 
 def _repeat(x: Tensor, dim: int, /, repeats: Any, along: Any = None, **kw: Any) -> int:
@@ -129,7 +131,8 @@ def _table() -> dict[Any, Callable[..., int]]:
         _index: ("__getitem__",),
         _gather: ("gather", "index_select", "take_along_dim", "scatter",
                   "scatter_add", "index_add"),
-        _roll: ("flip", "roll"),
+        _flip: ("flip",),
+        _roll: ("roll",),
         _select: ("select", "unbind"),
         _repeat: ("repeat_interleave",),
         _stack: ("stack",),

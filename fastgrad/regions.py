@@ -70,7 +70,7 @@ def region_of(view: Tensor, parameter: Tensor) -> tuple[Region, bool] | None:
     offset = int(view.storage_offset() - parameter.storage_offset())
     (rows, cols), (row_stride, col_stride) = view.shape, view.stride()
     # the stride of a dimension of size one says nothing
-    col_stride = 1 if cols == 1 and row_stride != 1 else col_stride
+    col_stride = 1 if cols == 1 else col_stride
     row_stride = cols * col_stride if rows == 1 else row_stride
     flipped = row_stride < col_stride
     if flipped:
