@@ -25,6 +25,7 @@ _PUBLIC = {
     "ShardWriter": "stats_shards",
     "SparseAdamW": "optim",
     "adam_preconditioned": "directions",
+    "gather": "distributed",
     "gradient_direction": "directions",
     "k_star": "resources",
     "load_delta": "delta",
@@ -34,11 +35,14 @@ _PUBLIC = {
     "select": "choosing",
     "weights_hash": "identity",
 }
-_MODULES = ("errors", "heavytail", "integrations", "plots")
+_MODULES = ("distributed", "errors", "heavytail", "integrations", "plots")
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
 
 if TYPE_CHECKING:
+    from fastgrad import (
+        distributed as distributed,
+    )
     from fastgrad import (
         errors as errors,
     )
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from fastgrad.delta import save_delta as save_delta
     from fastgrad.directions import adam_preconditioned as adam_preconditioned
     from fastgrad.directions import gradient_direction as gradient_direction
+    from fastgrad.distributed import gather as gather
     from fastgrad.identity import weights_hash as weights_hash
     from fastgrad.meter import Meter as Meter
     from fastgrad.optim import SparseAdamW as SparseAdamW

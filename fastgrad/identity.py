@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,36 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = inner._orig_mod
         else:
             return inner
+
+
+def sharded_modules(model: nn.Module) -> Iterator[Any]:
+    """Modules that ``fully_shard`` (FSDP2) was applied to."""
+    api = sys.modules.get("torch.distributed.fsdp")  # not loaded: nothing is sharded
+    kind: Any = getattr(api, "FSDPModule", ())
+    return (m for m in model.modules() if isinstance(m, kind))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let ``fully_shard``'s parameters be shards again, where a forward pass left them whole."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A distributed tensor put together from its shards, on every process, which all have to
+    call this; any other tensor as it is."""
+    collect: Any = getattr(tensor.detach(), "full_tensor", None)
+    return tensor if collect is None else collect()
+
+
+def model_class(model: nn.Module) -> str:
+    """Name of the class that the model was written as."""
+    kind = type(unwrapped(model))
+    if next(sharded_modules(model), None) is not None:
+        names = [k.__name__ for k in kind.__mro__]
+        if "FSDPModule" in names:  # fully_shard makes a class of both
+            return names[names.index("FSDPModule") + 1]
+    return kind.__name__
 
 
 def model_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,11 +76,13 @@ def weights_hash(model: nn.Module) -> str:
     """``sha256:...`` over name, dtype, shape and bytes of every parameter, sorted by name.
 
     Two models with bit-identical weights under the same names hash alike, wherever they were
-    loaded from; one changed bit changes the hash. Costs one read of the weights.
+    loaded from; one changed bit changes the hash. Costs one read of the weights. Under
+    ``fully_shard`` every process has to call it; each tensor is put together once.
 
     Raises:
         ValueError: if the model holds meta tensors, which have no content.
     """
+    reshard(model)
     return tensors_hash(sorted(model_parameters(model).items()))
 
 
@@ -65,5 +98,5 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
             raise ValueError(f"{name} is on the meta device and has no content to hash")
         digest.update(f"{name}|{p.dtype}|{tuple(p.shape)}|".encode())
         if p.numel():
-            digest.update(_bytes(p))
+            digest.update(_bytes(whole(p)))
     return "sha256:" + digest.hexdigest()

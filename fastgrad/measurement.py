@@ -7,16 +7,28 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, float64
 
 from fastgrad.batches import Reduction, factors
-from fastgrad.blocks import condensed
+from fastgrad.blocks import BlockGrid, condensed
 from fastgrad.errors import CoverageError, NonFiniteGradientError
 from fastgrad.recorder import Column, Recorder
 from fastgrad.records import Batch, Target, mismatch
 from fastgrad.stats import Coverage
 from fastgrad.stats_shards import ShardWriter
 from fastgrad.transfer import Transfer
+from fastgrad_kernels import ops
+from fastgrad_kernels.layout import matrix_view, sum_of_squares
+
+
+def squared_blocks(grad: Tensor, grid: BlockGrid) -> Tensor:
+    """``[n_blocks]`` squared sums of a gradient, NaN where it is not finite."""
+    matrix = matrix_view(grad.detach())
+    if grid.is_whole and not grad.is_cuda:
+        return sum_of_squares(matrix).view(1)
+    stats = ops.block_stats(matrix, grid.block_rows, grid.block_cols)
+    return torch.where(stats[3] > 0, torch.nan, stats[0])
 
 
 class Arrival(NamedTuple):
@@ -28,6 +40,23 @@ class Arrival(NamedTuple):
     numel: int
     parts: int  # how often it came: more than once, the last part alone is known
     dots: Tensor | None  # [k] products with the directions, for a batch of one example
+
+
+class Reduced(NamedTuple):
+    """What a reduction over processes made of the gradients of a backward pass."""
+
+    norms: Mapping[str, Tensor] | None  # [n_blocks] squared sums; None: it is still to come
+    divisor: float  # what the processes' sum is divided by
+
+
+@dataclass
+class _Taken:
+    """A backward pass, read out and not yet recorded."""
+
+    columns: list[Column]
+    refusals: list[tuple[str, str]]
+    used: set[str]
+    mixing: set[str]
 
 
 @dataclass(frozen=True)
@@ -78,6 +107,7 @@ class Measurement:
         self.used: set[str] = set()
         self.mixing: set[str] = set()
         self.skipped = 0
+        self._waiting: list[_Taken] = []  # passes whose gradients are still to be reduced
         self._deferred: list[tuple[str, str]] | None = None
 
     def refuse(self, name: str, reason: str) -> None:
@@ -98,14 +128,23 @@ class Measurement:
 
     # -- one backward pass ---------------------------------------------------------------
 
-    def take(self, batches: Sequence[Batch], arrived: Mapping[str, Arrival]) -> bool:
-        """Take in a backward pass; False if it was skipped for NaN or infinity.
+    def take(
+        self,
+        batches: Sequence[Batch],
+        arrived: Mapping[str, Arrival],
+        reduced: Reduced | None = None,
+    ) -> bool:
+        """Take in a backward pass; False if it was skipped for NaN or infinity, or if its
+        gradients will be ``reduced`` over processes together with those of a later pass.
 
         Raises:
             NonFiniteGradientError: naming the parameters, if such passes are not skipped.
         """
         transfer = Transfer()
-        norms = {name: transfer(a.sq) for name, a in arrived.items()}
+        local = {name: transfer(a.sq) for name, a in arrived.items()}
+        norms = local
+        if reduced is not None:
+            norms = {name: transfer(sq) for name, sq in (reduced.norms or {}).items()}
         # What is refused here counts only if the batches do: they may hold NaN.
         self._deferred = [r for b in batches for r in b.refused]
         alone = len(batches) == 1 and batches[0].n_examples == 1
@@ -118,7 +157,37 @@ class Measurement:
             transfer.run()
         finally:
             refusals, self._deferred = self._deferred, None
-        bad = [name for name, key in norms.items() if not np.isfinite(transfer[key]).all()]
+        if self.settings.per_example:
+            seen = set().union(*(b.arrived for b in batches))
+            refusals += [(n, _UNSEEN) for n in arrived if n not in seen]
+        with np.errstate(invalid="ignore"):  # infinity: whether that counts is seen below
+            refusals += self._mismatches(checks, arrived, local, transfer)
+        if alone:  # the batch's gradient is the example's: what no tap covers is known too
+            lacking = [n for n, _ in refusals if n in spare and arrived[n].parts == 1]
+            columns[0] |= {n: spare[n] for n in lacking}
+            refusals = [(n, r) for n, r in refusals if n not in lacking]
+        refusals += [(n, _PARTS) for n, a in arrived.items() if a.parts > 1]
+        made = []
+        if self.settings.per_example:
+            divisor = 1.0 if reduced is None else reduced.divisor
+            made = [
+                self._column(b, k, transfer, divisor)
+                for b, k in zip(batches, columns, strict=True)
+            ]
+        mixing = set().union(*(b.mixing for b in batches))
+        self._waiting.append(_Taken(made, refusals, set(arrived), mixing))
+        if reduced is not None and reduced.norms is None:
+            return False
+        return self._record({name: transfer[key] for name, key in norms.items()})
+
+    def forget_waiting(self) -> None:
+        """Passes whose gradients were never reduced are no part of anything."""
+        self._waiting.clear()
+
+    def _record(self, norms: Mapping[str, np.ndarray]) -> bool:
+        """The passes that waited, as one whose gradient has these squared sums."""
+        taken, self._waiting = self._waiting, []
+        bad = [name for name, sq in norms.items() if not np.isfinite(sq).all()]
         if bad:
             if self.settings.on_nonfinite == "raise":
                 raise NonFiniteGradientError(
@@ -126,23 +195,14 @@ class Measurement:
                 )
             self.skipped += 1
             return False
-        self.used |= set(arrived)
-        self.mixing.update(*(b.mixing for b in batches))
-        if self.settings.per_example:
-            seen = set().union(*(b.arrived for b in batches))
-            refusals += [(n, _UNSEEN) for n in arrived if n not in seen]
-        refusals += self._mismatches(checks, arrived, norms, transfer)
-        if alone:  # the batch's gradient is the example's: what no tap covers is known too
-            lacking = [n for n, _ in refusals if n in spare and arrived[n].parts == 1]
-            columns[0] |= {n: spare[n] for n in lacking}
-            refusals = [(n, r) for n, r in refusals if n not in lacking]
-        refusals += [(n, _PARTS) for n, a in arrived.items() if a.parts > 1]
-        for name, reason in refusals:
-            self.refuse(name, reason)
-        made = []
-        if self.settings.per_example:
-            made = [self._column(b, k, transfer) for b, k in zip(batches, columns, strict=True)]
-        self.recorder.add(made, {n: transfer[key].astype(np.float64) for n, key in norms.items()})
+        self.used |= {name for name, sq in norms.items() if sq.any()}
+        for one in taken:
+            self.used |= one.used
+            self.mixing |= one.mixing
+            for name, reason in one.refusals:
+                self.refuse(name, reason)
+        columns = [column for one in taken for column in one.columns]
+        self.recorder.add(columns, {n: sq.astype(np.float64) for n, sq in norms.items()})
         return True
 
     def _prepare_checks(
@@ -208,16 +268,20 @@ class Measurement:
         return keys
 
     def _column(
-        self, batch: Batch, keys: Mapping[str, tuple[int, ...]], transfer: Transfer
+        self,
+        batch: Batch,
+        keys: Mapping[str, tuple[int, ...]],
+        transfer: Transfer,
+        divisor: float,
     ) -> Column:
         scale = self.settings.loss_scale
-        scale = float(scale() if callable(scale) else scale)
+        scale = float(scale() if callable(scale) else scale) / divisor
         mean, total = factors(batch, self.settings.reduction, scale)
         return Column(
             batch.n_examples,
-            {name: transfer[k[0]] for name, k in keys.items()},
-            {name: transfer[k[1]].astype(np.float64) for name, k in keys.items()},
-            {name: transfer[k[2]] for name, k in keys.items() if len(k) > 2},
+            {name: transfer[k[0]] / divisor**2 for name, k in keys.items()},
+            {name: transfer[k[1]].astype(np.float64) / divisor for name, k in keys.items()},
+            {name: transfer[k[2]] / divisor**2 for name, k in keys.items() if len(k) > 2},
             batch.label_tokens or [-1] * batch.n_examples,
             mean,
             total,

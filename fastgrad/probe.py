@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import _get_current_function_mode_stack
 
 from fastgrad.batches import (
@@ -34,8 +35,16 @@ from fastgrad.batches import (
 from fastgrad.blocks import BlockGrid
 from fastgrad.errors import CoverageError, ProbeError
 from fastgrad.granularity import Blocks, check_blocks, resolve
-from fastgrad.identity import PACKED_SUFFIX, model_parameters, unwrapped, weights_hash
-from fastgrad.measurement import Arrival, Measurement, Settings
+from fastgrad.identity import (
+    PACKED_SUFFIX,
+    model_class,
+    model_parameters,
+    reshard,
+    unwrapped,
+    weights_hash,
+    whole,
+)
+from fastgrad.measurement import Arrival, Measurement, Settings, squared_blocks
 from fastgrad.ownership import NOBODY, Mark, carry, mark, marked
 from fastgrad.probe_arguments import (
     Direction,
@@ -47,11 +56,19 @@ from fastgrad.probe_arguments import (
     stacked,
 )
 from fastgrad.records import Batch, ParamRecord, Target
+from fastgrad.replicas import (
+    Replicas,
+    Replicated,
+    Sharded,
+    at_the_end,
+    refuse_wrappers,
+    replicas_of,
+    running_around,
+)
 from fastgrad.stats import GradientStats
 from fastgrad.stats_shards import ShardWriter
 from fastgrad.taps import TapMode
-from fastgrad_kernels import ops
-from fastgrad_kernels.layout import matrix_view, sum_of_squares
+from fastgrad_kernels.layout import sum_of_squares
 
 # Per-example gradients of parameters without a cheaper form are kept until the end of the backward
 # pass, [n_examples, *shape]: 64 MiB in float32. Above that it is no longer "almost free".
@@ -141,6 +158,8 @@ class Probe:
                 "load it first, for instance with AutoModelForCausalLM.from_pretrained"
             )
         refuse_compiled(model)
+        refuse_wrappers(model)
+        reshard(model)
         if any(name.endswith(PACKED_SUFFIX) for name, _ in model.named_parameters()):
             raise ProbeError(
                 "this model is partial: its packed blocks are not probed. Remedy: call "
@@ -161,7 +180,10 @@ class Probe:
         specs = resolve(model, blocks)
         names = chosen_names(everything, params, frozen)
         check_patterns(detail, everything, "detail")
-        self._directions = named_directions(targets, everything, names)
+        self._directions = {
+            label: {n: whole(t) for n, t in direction.items()}
+            for label, direction in named_directions(targets, everything, names).items()
+        }
         self._thawed = [everything[n] for n in names if not everything[n].requires_grad]
         grids = {n: BlockGrid.of(everything[n].shape, specs[n]) for n in names}
         probed = [
@@ -176,13 +198,14 @@ class Probe:
             )
             for n in names
         ]
+        self._probed = probed
         self._targets = {id(t.parameter): t for t in probed}
         self._measured = Measurement(
             probed,
             [n for n in everything if n not in grids],
             {n for n in names if matches(n, detail)},
             list(self._directions),
-            np.array([float(sum_of_squares(everything[n])) for n in names]),
+            np.array([float(sum_of_squares(whole(everything[n]))) for n in names]),
             Settings(per_example, loss_reduction, loss_scale, strict, on_nonfinite),
             None if shards is None else ShardWriter(shards, shard_examples),
         )
@@ -200,6 +223,8 @@ class Probe:
         self._running = False
         self._forwards = 0
         self._pass: dict[str, Arrival] | None = None
+        self._unsharded: dict[int, Tensor] = {}  # what stands for sharded parameters
+        self._replicas = self._find_replicas()
 
     # -- context -------------------------------------------------------------------------
 
@@ -212,8 +237,9 @@ class Probe:
                     "another probe is running; the outer one would not see what the inner one "
                     "takes. Remedy: leave it first, or give one probe all that you want to know"
                 )
+        reshard(self.model)
         current = model_parameters(self.model)
-        for target in self._targets.values():
+        for target in self._probed:
             if current.get(target.name) is not target.parameter:
                 raise ProbeError(
                     f"{target.name} was replaced after the probe was made. Remedy: "
@@ -224,6 +250,7 @@ class Probe:
                 raise ProbeError(
                     f"{target.name} was frozen after the probe was made. Remedy: make a new probe"
                 )
+        self._replicas = self._find_replicas() or self._replicas
         self._running = True
         self._handles = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -232,8 +259,11 @@ class Probe:
         for parameter in self._thawed:
             parameter.requires_grad_(True)
             self._handles.append(parameter.register_post_accumulate_grad_hook(_drop))
-        for target in self._targets.values():
-            self._handles.append(target.parameter.register_hook(self._grad_hook(target)))
+        if isinstance(self._replicas, Sharded):
+            self._handles += self._replicas.watch(self._stands_for, lambda: self._batch)
+        else:
+            for target in self._probed:
+                self._handles.append(target.parameter.register_hook(self._grad_hook(target)))
         if self.per_example:
             self._mode = TapMode(lambda: self._batch)
             self._mode.__enter__()
@@ -260,9 +290,50 @@ class Probe:
         self._handles.clear()
         for parameter in self._thawed:
             parameter.requires_grad_(False)
+        for key in self._unsharded:
+            del self._targets[key]
+        self._unsharded.clear()
         self._batch, self._pass, self._running = None, None, False
         self._pending.clear()
         self._firing.clear()
+
+    # -- several processes ---------------------------------------------------------------
+
+    def _find_replicas(self, wrapper: nn.Module | None = None) -> Replicas | None:
+        found = replicas_of(wrapper or self.model, self._probed)
+        if found is not None and self._thawed:
+            raise ProbeError(
+                "frozen=[...] does not work with a model that runs in several processes: the "
+                "wrapper decided when it was made whose gradients are reduced. Remedy: "
+                "requires_grad_(True) before wrapping the model, or probe it in one process"
+            )
+        return found
+
+    def _stands_for(self, tensor: Tensor, target: Target) -> None:
+        """While fully_shard has a parameter put together, another tensor takes its place."""
+        if id(tensor) not in self._targets:
+            self._targets[id(tensor)] = target
+            self._unsharded[id(tensor)] = tensor
+            if tensor.requires_grad:
+                self._handles.append(tensor.register_hook(self._grad_hook(target)))
+
+    def _in_replicas(self) -> None:
+        """A forward pass begins in one of several processes, perhaps inside a wrapper that was
+        put around the model after the probe was made."""
+        alone, wrapper = self._replicas is None, running_around(self.model)
+        if alone and wrapper is not None:
+            self._replicas = self._find_replicas(wrapper)
+        outside = isinstance(self._replicas, Replicated) and wrapper is None
+        if (alone != (self._replicas is None) and self._measured.recorder.n_passes) or (
+            outside and not isinstance(self.model, DistributedDataParallel)
+        ):
+            raise ProbeError(
+                "the model was called inside its DistributedDataParallel wrapper and outside of "
+                "it: gradients are reduced over processes in one case alone. Remedy: one probe "
+                "for each"
+            )
+        if self._replicas is not None:
+            self._replicas.forward()
 
     # -- forward -------------------------------------------------------------------------
 
@@ -272,9 +343,13 @@ class Probe:
         if self._pass is not None and torch._C._current_graph_task_id() == -1:
             self._pass = None  # the last backward pass broke off with an error
             self._firing.clear()
+            self._measured.forget_waiting()
+            if self._replicas is not None:
+                self._replicas.forget()
         if not torch.is_grad_enabled():
             self._batch = None
             return
+        self._in_replicas()
         inputs = input_tensors(args, kwargs)
         if not inputs:
             raise ProbeError(
@@ -394,7 +469,12 @@ class Probe:
     def _arrival(self) -> None:
         if self._running and self._pass is None:
             self._pass = {}
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            if self._replicas is None:
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+                return
+            if self._replicas.begin():
+                self._measured.forget_waiting()
+            at_the_end(self._finish)
 
     def _grad_hook(self, target: Target) -> Any:
         grid = target.grid
@@ -405,12 +485,7 @@ class Probe:
             self._arrival()
             assert self._pass is not None
             earlier = self._pass.get(target.name)
-            matrix = matrix_view(grad.detach())
-            if grid.is_whole and not grad.is_cuda:
-                sq = sum_of_squares(matrix).view(1)
-            else:
-                stats = ops.block_stats(matrix, grid.block_rows, grid.block_cols)
-                sq = torch.where(stats[3] > 0, torch.nan, stats[0])
+            sq = squared_blocks(grad, grid)
             entries = grad.detach().reshape(-1)
             record = self._record(target.name)
             checked = record is not None and target.self_check
@@ -419,7 +494,7 @@ class Probe:
             alone = sum(b.n_examples for b in (*self._firing, *self._pending)) == 1
             dots = None
             if alone and target.directions is not None:
-                dots = target.directions.flatten(1) @ matrix.reshape(-1).float()
+                dots = target.directions.flatten(1) @ grad.detach().reshape(-1).float()
             self._pass[target.name] = Arrival(
                 sq, picked, narrow, grid.numel, 1 if earlier is None else 2, dots
             )
@@ -442,9 +517,12 @@ class Probe:
             for batch in batches:
                 batch.forget()
                 self._pending.add(batch)
+            if self._replicas is not None:
+                self._replicas.nothing_came()
             return
         try:
-            if self._measured.take(batches, arrived) and self._measured.recorder.is_due:
+            reduced = None if self._replicas is None else self._replicas.end(arrived)
+            if self._measured.take(batches, arrived, reduced) and self._measured.recorder.is_due:
                 self._measured.recorder.write(self._measured.coverage(), self._meta())
         finally:
             for batch in batches:
@@ -480,11 +558,14 @@ class Probe:
         return measured.recorder.stats(measured.coverage(), self._meta())
 
     def _meta(self) -> dict[str, Any]:
-        config = getattr(self.model, "config", None)
-        dtypes = sorted({str(t.parameter.dtype) for t in self._targets.values()})
+        config = getattr(unwrapped(self.model), "config", None)
+        dtypes = sorted({str(t.parameter.dtype) for t in self._probed})
+        across = {}
+        if self._replicas is not None:
+            across = {"processes": self._replicas.processes, "rank": self._replicas.rank}
         return {
             "weights_hash": self._hash,
-            "model_class": type(self.model).__name__,
+            "model_class": model_class(self.model),
             "name_or_path": str(getattr(config, "_name_or_path", "") or ""),
             "attention": str(getattr(config, "_attn_implementation", "") or ""),
             "dtypes": dtypes,
@@ -494,4 +575,5 @@ class Probe:
             "mixes_examples": sorted(self._measured.mixing),
             "n_model_parameters": sum(p.numel() for p in model_parameters(self.model).values()),
             "torch": str(torch.__version__),
+            **across,
         }

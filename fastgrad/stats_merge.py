@@ -136,6 +136,7 @@ def check_alike(a: GradientStats, b: GradientStats) -> None:
         ("block granularity", _granularity(a), _granularity(b)),
         ("weights (hash)", a.meta.get("weights_hash"), b.meta.get("weights_hash")),
         ("directions", a.directions, b.directions),
+        ("processes (see fastgrad.gather)", a.meta.get("rank"), b.meta.get("rank")),
         ("loss reduction", a.meta.get("loss_reduction"), b.meta.get("loss_reduction")),
         ("block detail", sorted(a.block_sq), sorted(b.block_sq)),
         ("block norms of batches", sorted(a.block_batch_sq), sorted(b.block_batch_sq)),
