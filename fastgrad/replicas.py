@@ -91,7 +91,7 @@ class Replicas:
         if self._first:
             lying = {t.name: _local(t.parameter.grad) for t in self.targets
                      if t.parameter.grad is not None}  # fmt: skip
-            used = any(bool(g.any()) for g in lying.values())
+            used = _any_nonzero(lying.values())
             self._before = {n: g.detach().clone() for n, g in lying.items()} if used else {}
         return dropped
 
@@ -143,6 +143,18 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def _any_nonzero(tensors: Iterable[Tensor]) -> bool:
+    """On the host the first one that is not zero decides; a device is waited for once."""
+    waiting = []
+    for tensor in tensors:
+        found = tensor.any()
+        if tensor.device.type != "cpu":
+            waiting.append(found)
+        elif bool(found):
+            return True
+    return bool(waiting) and bool(torch.stack(waiting).any())
+
+
 class Replicated(Replicas):
     """DistributedDataParallel: every process holds all parameters, and after the reduction the
     same gradients."""
@@ -191,8 +203,9 @@ class Replicated(Replicas):
         return armed
 
     def _was_dropped(self) -> bool:
-        grads = [t.parameter.grad for t in self.targets if t.parameter.grad is not None]
-        return not any(bool(g.any()) for g in grads)
+        return not _any_nonzero(
+            t.parameter.grad for t in self.targets if t.parameter.grad is not None
+        )
 
     def _squares(self, found: Iterable[tuple[Target, Tensor | None]]) -> dict[str, Tensor]:
         return {t.name: squared_blocks(g, t.grid) for t, g in found if g is not None}

@@ -25,7 +25,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fastgrad as fg
@@ -79,7 +82,8 @@ def definition(
                 for j in range(len(counts)):
                     model.zero_grad()
                     model(**rows(part, slice(j, j + 1))).loss.backward()
-                    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+                    grads = {n: p.grad.clone() for n, p in model.named_parameters()
+                             if p.grad is not None}  # fmt: skip
                     weight = counts[j] / counts.sum() / world / len(micros)
                     for n, g in grads.items():
                         total[n] = total.get(n, 0) + weight * g
@@ -112,7 +116,9 @@ def errors(
     examples, totals = definition(model, steps)
     if order is not None:
         examples = [examples[k] for k in order]
-    weights = np.array([float(e["weight"]) for e in examples])
+    weights, weights_of = np.array([float(e["weight"]) for e in examples]), dict(
+        model.named_parameters()
+    )
     norms = np.array([[float(e[n].norm()) for e in examples] for n in stats.names])
     found = {
         "T": worst(stats.T, norms * weights),
@@ -121,7 +127,7 @@ def errors(
             np.sqrt(stats.batch_sq), [[float(t[n].norm()) for t in totals] for n in stats.names]
         ),
         "weights": worst(
-            stats.weight_norm, [float(p.detach().double().norm()) for p in model.parameters()]
+            stats.weight_norm, [float(weights_of[n].detach().double().norm()) for n in stats.names]
         ),
         "same hash": stats.meta["weights_hash"] in (None, fg.weights_hash(model)),
         "coverage": sorted({c.status for c in stats.coverage.values()}),
@@ -375,6 +381,94 @@ def accelerate_accumulate() -> dict[str, Any]:
     return errors(fg.gather(probe.stats()), model, steps)
 
 
+@scenario
+def ddp_token_mean_over_all_processes() -> dict[str, Any]:
+    """As transformers' Trainer does it: each process divides by the tokens of all of them, and the
+    loss times their number makes up for the mean. Then one process on all of it is the same."""
+    model, world = model_of(), dist.get_world_size()
+    whole = batch_of(2 * world, 11 + 4 * (world - 2), padding="right", seed=3)
+    items = (whole["labels"][:, 1:] != -100).sum()
+    wrapped = ddp(model)
+    with fg.Probe(wrapped, loss_scale=world) as probe:
+        part = rows(whole, slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
+        (wrapped(**part, num_items_in_batch=items).loss * world).backward()
+    stats = fg.gather(probe.stats())
+    with fg.Probe(model) as probe:
+        model(**whole).loss.backward()
+    alone = probe.stats()
+    return {
+        "T": worst(stats.T, alone.T),
+        "batch": worst(stats.batch_sq, alone.batch_sq),
+        "example_mean": worst(stats.influence("example_mean"), alone.influence("example_mean")),
+        "example_sum": worst(stats.influence("example_sum"), alone.influence("example_sum")),
+    }
+
+
+@scenario
+def two_forwards_one_backward() -> dict[str, Any]:
+    model, steps = model_of(), [[even(2, 1), even(2, 11)]]
+    found = {}
+    for kind in (ddp, fsdp):
+        with fg.Probe(kind(model), loss_scale=0.5) as probe:
+            losses = [probe.model(**mine(parts)).loss for parts in steps[0]]
+            (sum(losses) * 0.5).backward()
+        got = errors(fg.gather(probe.stats()), model, steps)
+        found |= {f"{kind.__name__} {k}": got[k] for k in ("T", "example_mean", "batch")}
+    return found
+
+
+@scenario
+def frozen_base() -> dict[str, Any]:
+    """Parameters that do not train, as under an adapter, in the same shards as some that do."""
+    model, steps = model_of(), [[even(2, 1)]]
+    for n, p in model.named_parameters():
+        p.requires_grad_("mlp" in n or "head" in n)
+    found = {}
+    for kind, sync in ((ddp, ddp_sync), (fsdp, fsdp_sync)):
+        got = errors(train(kind(model), steps, sync), model, steps)
+        assert got["coverage"] == ["exact", "frozen"]
+        found |= {f"{kind.__name__} {k}": v for k, v in got.items() if isinstance(v, float)}
+    return found
+
+
+class Hidden(torch.autograd.Function):
+    """A product that no tap sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.T, x.T @ g
+
+
+class Smuggled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.lin = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Hidden.apply(self.lin(torch.tanh(self.open(x))), self.lin.weight)
+
+
+@scenario
+def self_check() -> dict[str, Any]:
+    """What the taps miss is named, from what each process sees by itself."""
+    torch.manual_seed(0)
+    model, found = Smuggled(), {}
+    for kind, wrapped in (("ddp", ddp(model)), ("fsdp", fully_shard(copy.deepcopy(model)))):
+        with fg.Probe(wrapped) as probe:
+            wrapped(torch.randn(3, 6)).square().mean().backward()
+        stats = fg.gather(probe.stats())
+        missing = {n: c.reason for n, c in stats.coverage.items() if c.status == "missing"}
+        found[kind] = missing
+        found[f"{kind} norm"] = 0.0 if stats.grad_norm[stats.index("lin.weight")] > 0 else 1.0
+    return found
+
+
 def packed(lengths: list[int], seed: int) -> Batch:
     """One row of several examples."""
     parts = [batch_of(1, k, seed=seed + i) for i, k in enumerate(lengths)]
@@ -537,9 +631,46 @@ def refusals() -> dict[str, Any]:
     hooked = ddp(model)
     hooked.register_comm_hook(None, sum_hook)
 
+    compressed = ddp(model)
+    compressed.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    deep = copy.deepcopy(model)
+    deep.lm_head.weight.ds_id = 0
+    synced = nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4))
+    last = fsdp(model)
+    last.set_is_last_backward(False)
+    partly = fsdp(model)
+    partly.model.layers[0].set_requires_gradient_sync(False)
+    stepping = fsdp(model)
+    for p in stepping.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    replaced = copy.deepcopy(model)
+    early = fg.Probe(replaced, hash_weights=False)
+    fully_shard(replaced)
+
     def one_call(wrapped: nn.Module, **kwargs: Any) -> None:
         with fg.Probe(wrapped, **kwargs):
             wrapped(**batch)
+
+    def one_pass(wrapped: nn.Module) -> None:
+        with fg.Probe(wrapped):
+            wrapped(**batch).loss.backward()
+
+    def in_and_out() -> None:
+        inner = copy.deepcopy(model)
+        wrapped = DistributedDataParallel(inner)
+        with fg.Probe(inner):
+            wrapped(**batch).loss.backward()
+            inner(**batch)
+
+    def joined() -> None:
+        wrapped = ddp(model)
+        with Join([wrapped]):
+            one_call(wrapped)
+
+    def tensor_parallel() -> None:
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        split = parallelize_module(copy.deepcopy(model), mesh, {"lm_head": ColwiseParallel()})
+        fg.Probe(split)
 
     plain = fg.Probe(copy.deepcopy(model))
     with plain:
@@ -563,6 +694,16 @@ def refusals() -> dict[str, Any]:
         "a part in DDP": message(lambda: fg.Probe(part)),
         "a part sharded": message(lambda: fg.Probe(mixed)),
         "communication hook": message(lambda: one_call(hooked)),
+        "a hook that averages": message(lambda: one_pass(compressed)),
+        "DeepSpeed": message(lambda: fg.Probe(deep)),
+        "SyncBatchNorm": message(lambda: fg.Probe(fully_shard(synced))),
+        "not the last backward": message(lambda: one_pass(last)),
+        "partly reduced": message(lambda: one_pass(partly)),
+        "step in backward": message(lambda: one_pass(stepping)),
+        "sharded after": message(lambda: early.__enter__()),
+        "inside and outside": message(in_and_out),
+        "join": message(joined),
+        "tensor parallel": message(tensor_parallel),
         "not wrapped": message(lambda: fg.gather(plain.stats())),
         "one is absent": message(lambda: combine(both[:1])),
         "twice the same": message(lambda: combine([both[0], both[0]])),

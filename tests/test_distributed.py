@@ -70,6 +70,9 @@ def check(found, tolerance=1e-4):
         "fsdp_divide_factor",
         "fsdp_evaluated_before",
         "accelerate_accumulate",
+        "ddp_token_mean_over_all_processes",
+        "two_forwards_one_backward",
+        "frozen_base",
         "norms_only_of_some_parameters",
         "nan_on_one_process",
         "dropped_accumulation",
@@ -108,6 +111,14 @@ def test_a_parameter_that_one_process_does_not_use(results):
     assert found["status"]["never.weight"] == "unused"
 
 
+def test_the_self_check_works_in_each_process(results):
+    found = results["self_check"]
+    check({k: v for k, v in found.items() if isinstance(v, float)})
+    for kind in ("ddp", "fsdp"):
+        assert list(found[kind]) == ["lin.weight"]
+        assert "self-check" in found[kind]["lin.weight"]
+
+
 @pytest.mark.parametrize(
     ("case", "said"),
     [
@@ -118,6 +129,15 @@ def test_a_parameter_that_one_process_does_not_use(results):
         ("a part in DDP", "ProbeError: only a part of the model, lm_head"),
         ("a part sharded", "ProbeError: model.embed_tokens.weight is not sharded"),
         ("communication hook", "ProbeError: the communication hook 'sum_hook'"),
+        ("DeepSpeed", "ProbeError: lm_head.weight is a parameter of DeepSpeed's ZeRO stage 3"),
+        ("tensor parallel", "ProbeError: lm_head.weight is a distributed tensor of another kind"),
+        ("SyncBatchNorm", "ProbeError: 1 is a SyncBatchNorm in training mode"),
+        ("join", r"ProbeError: .*DistributedDataParallel.join\(\)"),
+        ("not the last backward", r"ProbeError: .*set_is_last_backward\(False\)"),
+        ("partly reduced", "ProbeError: some modules reduced their gradients"),
+        ("step in backward", "ProbeError: .* has no .grad at the end of the backward pass"),
+        ("sharded after", "ProbeError: model.embed_tokens.weight was replaced after the probe"),
+        ("inside and outside", "ProbeError: the model was called inside .* and outside of it"),
         ("not wrapped", "StatsError: .*not wrapped in DistributedDataParallel or fully_shard"),
         ("one is absent", r"StatsError: .*2 processes, and here .* of processes \[0\]"),
         ("twice the same", r"StatsError: .*of processes \[0, 0\]"),
@@ -132,6 +152,10 @@ def test_what_cannot_be_right_is_refused_by_name(results, case, said):
     message = results["refusals"][case]
     assert re.match(said, message), message
     assert "Remedy" in message or case == "merged"
+
+
+def test_a_communication_hook_that_averages_is_fine(results):
+    assert results["refusals"]["a hook that averages"] == "no error"
 
 
 def pieces(n=3, ids=None):
