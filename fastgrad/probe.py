@@ -84,7 +84,8 @@ class Probe:
 
     Args:
         model: any ``nn.Module``. A new batch begins at each of its forward passes; tensors that
-            enter have the examples in their leading dimension.
+            enter have the examples in their leading dimension. Under DistributedDataParallel or
+            ``fully_shard`` every process makes the probe; see :func:`fastgrad.gather`.
         blocks: granularity: ``module`` (one block per parameter), ``row``, ``column``,
             ``expert``, ``head`` (attention heads), a tile such as ``128x128``, a stripe such as
             ``64x*``, or a mapping of name patterns to these.
@@ -260,7 +261,7 @@ class Probe:
             parameter.requires_grad_(True)
             self._handles.append(parameter.register_post_accumulate_grad_hook(_drop))
         if isinstance(self._replicas, Sharded):
-            self._handles += self._replicas.watch(self._stands_for, lambda: self._batch)
+            self._handles += self._replicas.watch(self._stands_for)
         else:
             for target in self._probed:
                 self._handles.append(target.parameter.register_hook(self._grad_hook(target)))

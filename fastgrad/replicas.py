@@ -17,12 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fastgrad.batches import input_tensors
 from fastgrad.errors import ProbeError
 from fastgrad.identity import sharded_modules, unwrapped
 from fastgrad.measurement import Reduced, squared_blocks
-from fastgrad.ownership import mark, marked
-from fastgrad.records import Batch, Target
+from fastgrad.records import Target
 from fastgrad_kernels.layout import matrix_view
 
 # PyTorch's own communication hooks that leave the mean over processes.
@@ -263,36 +261,17 @@ class Sharded(Replicas):
         self._before = None  # what was not reduced yet lies elsewhere than in .grad
         return super().begin()
 
-    def watch(
-        self, meet: Callable[[Tensor, Target], None], batch: Callable[[], Batch | None]
-    ) -> list[Any]:
-        """Hooks on both sides of what fully_shard does at the begin of a module's forward pass: it
-        puts the parameters together, which ``meet`` is told, and hands the inputs on as other
-        tensors, which are given the marks of the first ones."""
-        given: list[list[Tensor]] = []
+    def watch(self, meet: Callable[[Tensor, Target], None]) -> list[Any]:
+        """Hooks behind fully_shard's own at the begin of each module's forward pass, which puts
+        the parameters together: ``meet`` is told what stands for them. It hands the inputs on as
+        other tensors too, views that PyTorch announces like any other function's."""
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given.append(input_tensors(args, kwargs))
-
-        def after(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def behind(module: nn.Module, args: Any) -> None:
             for target in self._managed[id(module)]:
                 owner, attribute = self._places[target.name]
                 meet(owner._parameters[attribute], target)  # type: ignore[arg-type]
-            earlier, running = given.pop(), batch()
-            if running is None:
-                return
-            for old, new in zip(earlier, input_tensors(args, kwargs), strict=True):
-                found = marked(old, running.index)
-                if new is not old and found is not None and marked(new, running.index) is None:
-                    mark(new, running.index, found)
 
-        handles = []
-        for module in self.modules:
-            handles += [
-                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-                module.register_forward_pre_hook(after, with_kwargs=True),
-            ]
-        return handles
+        return [module.register_forward_pre_hook(behind) for module in self.modules]
 
     def divisor(self) -> float:
         factors = {float(g.gradient_divide_factor or self.processes) for g in self._groups}

@@ -315,10 +315,40 @@ def fsdp_accumulation() -> dict[str, Any]:
     return sharded(False, steps, keep=True, blocks="row")
 
 
+class TokensFirst(nn.Module):
+    """Activations ``[tokens, examples, features]`` enter a module that is sharded by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(11, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.layer(self.embed(ids).transpose(0, 1))).transpose(0, 1)
+        return self.head(x)
+
+
 @scenario
-def fsdp_batch_as_large_as_its_rows_are_long() -> dict[str, Any]:
-    """Sizes say nothing about whose rows are whose: marks must survive the wrapper."""
-    return sharded(False, [[even(9, 1)]])
+def fsdp_as_many_tokens_as_examples() -> dict[str, Any]:
+    """Sizes say nothing about whose rows are whose: what is known must survive the wrapper, which
+    hands a module's inputs on as other tensors."""
+    torch.manual_seed(0)
+    model, each = TokensFirst(), 6
+    wrapped = copy.deepcopy(model)
+    fully_shard(wrapped.layer)
+    fully_shard(wrapped)
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 11, (each * dist.get_world_size(), each), generator=g)
+    start = each * dist.get_rank()
+    with fg.Probe(wrapped, loss_reduction="row_mean") as probe:
+        wrapped(ids[start : start + each]).square().mean().backward()
+    stats = fg.gather(probe.stats())
+    wide, norms = copy.deepcopy(model).double(), []
+    for row in ids:
+        wide.zero_grad()
+        wide(row[None]).square().mean().backward()
+        norms.append([float(p.grad.norm()) for p in wide.parameters()])
+    return {"example_mean": worst(stats.influence("example_mean"), np.array(norms).T)}
 
 
 @scenario

@@ -63,7 +63,7 @@ def check(found, tolerance=1e-4):
         "fsdp_tied_tiles",
         "fsdp_columns_no_reshard",
         "fsdp_accumulation",
-        "fsdp_batch_as_large_as_its_rows_are_long",
+        "fsdp_as_many_tokens_as_examples",
         "fsdp_checkpointed",
         "fsdp_gemma",
         "fsdp_hybrid",
