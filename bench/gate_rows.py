@@ -310,11 +310,11 @@ def step(device: torch.device, rounds: int) -> Iterator[Row]:
 def opacus(model: torch.nn.Module, ids: Tensor) -> Contenders:
     """Opacus' ghost norms if they run here; otherwise says why not."""
     try:
-        from step_overhead import opacus_step
+        from overhead_peers import opacus_step
     except ImportError as error:
         print(f"Opacus is left out: {error}")
         return {}
-    made = opacus_step(copy.deepcopy(model), ids)
+    made = opacus_step(copy.deepcopy(model), {"input_ids": ids, "labels": ids})
     if isinstance(made, str):
         print(f"Opacus is left out: {made}")
         return {}

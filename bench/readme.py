@@ -26,36 +26,58 @@ from timing import environment
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 FIGURE = "quickstart.png"
+MODELS = {"llama": "Llama", "bert": "BERT, tied weights"}
 
 
 def step_overhead() -> str:
+    """One line per model and batch: each contender's time and memory over the plain step's."""
     data = json.loads((RESULTS / "step_overhead.json").read_text())
     env, settings = data["environment"], data["settings"]
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in data["rows"]:
-        rows.setdefault(row["step"], {})[row["tokens"]] = row
-    tokens = settings["tokens"]
-    examples = {t: next(iter(rows.values()))[t]["examples"] for t in tokens}
+    rows = {(r["model"], r["tokens"], r["step"]): r for r in data["rows"]}
+    steps = list(dict.fromkeys(r["step"] for r in data["rows"] + data["absent"]))[1:]  # not plain
     lines = [
-        "Time of forward and backward pass, as a multiple of the plain step (median of "
-        f"{settings['rounds']} interleaved rounds, quartiles in brackets):",
+        "Time / peak memory of forward and backward pass, as multiples of the plain step's; for T "
+        "per parameter with the quartiles of its time:",
         "",
-        "| step | " + " | ".join(f"{examples[t]} x {t} tokens" for t in tokens) + " |",
-        "|---|" + "---|" * len(tokens),
+        f"| model | examples x tokens | {' | '.join(steps)} |",
+        "|:--|:--|" + "--:|" * len(steps),
     ]
-    for name, by_tokens in rows.items():
-        cells = [
-            f"{r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f})" if (r := by_tokens.get(t)) else "–"
-            for t in tokens
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for r in data["rows"]:
+        if r["step"] == "plain step":
+            found = (rows.get((r["model"], r["tokens"], step)) for step in steps)
+            cells = [f"{r['examples']} x {r['tokens']}", *map(_overhead, found)]
+            lines.append(f"| {MODELS[r['model']]} | {' | '.join(cells)} |")
+    missed = any(r["misses"] for r in data["rows"])
     lines += [
         "",
-        f"Llama architecture, {settings['layers']} layers of width {settings['width']}; "
-        f"{env['date']}, {env['processor']}, {env['threads']} threads, torch {env['torch']}; "
+        f"The aim for gradient norms and T per parameter: at most {settings['aim']:.2f} in both "
+        "and no slower than a peer (quartiles apart); "
+        + ("**bold** cells miss it. " if missed else "all meet it. ")
+        + f"{settings['layers']} layers of width {settings['width']}; median of "
+        f"{settings['rounds']} interleaved rounds. Memory: most bytes of tensors alive beyond "
+        "those before the step, gradients included; the larger ratio of the batch shown, where "
+        f"the loss's logits make the peak, and of {settings['small']} examples of it, where the "
+        "gradients may. Opacus refuses tied weights: its BERT has an output layer of its own. "
+        "torch.func holds every example's gradient at once. "
+        + "".join(f"No {a['step']} for {_shape(a)}: {a['why']}. " for a in data["absent"])
+        + f"{env['date']}, {env['processor']}, {env['threads']} threads, torch {env['torch']}; "
         f"`python bench/step_overhead.py --rounds {settings['rounds']}`.",
     ]
     return "\n".join(lines)
+
+
+def _overhead(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    time = f"{row['ratio']:.2f}"
+    if row["step"] == "T, per parameter":
+        time = f"{row['ratio']:.3f} ({row['low']:.2f}–{row['high']:.2f})"
+    cell = f"{time} / {max(row['memory'], row['memory_small'] or 0):.2f}"
+    return f"**{cell}**" if row["misses"] else cell
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return f"{MODELS[row['model']]}, {row['examples']} x {row['tokens']}"
 
 
 def quickstart() -> str:

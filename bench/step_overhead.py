@@ -1,189 +1,210 @@
 """What does T cost? A training step with the full cross-influence tensor against a plain step.
 
-    python bench/step_overhead.py                 # the table of the README
-    python bench/step_overhead.py --rounds 3      # quick look
+    python bench/step_overhead.py                             # all of it, ten to twelve minutes
+    python bench/step_overhead.py --models llama --tokens 64 --rounds 3      # a quick look
+    python bench/step_overhead.py --output bench/results/step_overhead.json  # README's figures
 
-A step is zero_grad, forward and backward of a Llama-architecture model; the optimizer, which is
-the same for all, is left out, so that the ratios are the strict ones. Before anything is timed,
-T is compared with one-example-at-a-time backward. Peer: Opacus' ghost norms. The C library keeps
-freed memory for all contenders alike (--system-malloc leaves it as it is).
+Time and peak memory of llama and bert steps, interleaved with the peers: Opacus' ghost norms and
+torch.func's per-example gradients. Before anything is timed, every contender's figures are
+compared with one-example-at-a-time backward. Peak memory has a pass of its own
+(bench/memory.py), and a second one on two examples: in a large batch the peak is the loss's
+logits, in a small one the gradients. The C library keeps freed memory for all contenders alike
+(--system-malloc leaves it as it is).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-import fastgrad as fg
-from timing import environment, interleaved, keep_freed_memory
+from memory import Peak, peak
+from overhead_models import MODELS, Case, Shape, make
+from overhead_steps import MODULE, NORMS, PEERS, PLAIN, Step, contenders
+from timing import Timing, environment, interleaved, keep_freed_memory
 
-VOCAB = 4096
+AIM = 1.10  # of the plain step's time and memory, for what is measured by whole parameters
+AIMED = (NORMS, MODULE)
+SMALL = 2  # examples of the second memory pass
 
 
-def build(width: int, layers: int, tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=width,
-            intermediate_size=int(width * 8 / 3) // 16 * 16,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            num_key_value_heads=width // 64,
-            max_position_embeddings=4096,
-            tie_word_embeddings=tied,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            use_cache=False,
+@dataclass
+class Row:
+    """One contender at one shape; all ratios are to the plain step of the same shape."""
+
+    model: str
+    tokens: int
+    examples: int
+    step: str
+    ratio: float
+    low: float
+    high: float
+    seconds: float
+    peak_bytes: int
+    memory: float
+    memory_small: float | None  # with SMALL examples; None for a peer that fails there
+    misses: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Absent:
+    """A peer that did not run at one shape, and why."""
+
+    model: str
+    tokens: int
+    examples: int
+    step: str
+    why: str
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def peaks_of(steps: Mapping[str, Step]) -> dict[str, Peak]:
+    return {name: peak(step) for name, step in steps.items()}
+
+
+def measure(
+    model: str, case: Case, time_all: Callable[[Mapping[str, Step]], dict[str, Timing]]
+) -> tuple[list[Row], list[Absent], dict[str, Peak], float]:
+    """Check, then memory, then time, of all contenders at one shape."""
+    key = (model, case.inputs["input_ids"].shape[1], case.examples)
+    found = contenders(case)
+    peaks = peaks_of(found.steps)
+    small = peaks
+    if case.examples > SMALL:
+        small = peaks_of(contenders(case.only(slice(SMALL))).steps)
+    timings = time_all(found.steps)
+    rows = []
+    for name, t in timings.items():
+        memory, less = (
+            p[name].bytes / p[PLAIN].bytes if name in p else None for p in (peaks, small)
         )
-    )
+        figures = (t.ratio, t.low, t.high, t.seconds, peaks[name].bytes, memory, less)
+        row = Row(*key, name, *figures)
+        if name in AIMED:
+            row.misses = list(misses(row, timings))
+        rows.append(row)
+    absent = [Absent(*key, name, why) for name, why in found.absent.items()]
+    return rows, absent, small, found.error
 
 
-def check_T(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
-    """Largest relative error of T against the definition; raises above 1e-4.
-
-    Norms below a thousandth of the example's largest are judged against that thousandth: both
-    sides hold rounding of the whole backward pass.
-    """
-    with fg.Probe(model, strict=True, hash_weights=False) as probe:
-        model(input_ids=ids, labels=ids).loss.backward()
-    stats = probe.stats()
-    T = stats.influence("example_mean")
-    worst = 0.0
-    for j in range(ids.shape[0]):
-        model.zero_grad()
-        model(input_ids=ids[j : j + 1], labels=ids[j : j + 1]).loss.backward()
-        own = dict(model.named_parameters())
-        expected = np.array([float(own[n].grad.double().norm()) for n in stats.names])
-        error = abs(T[:, j] - expected) / np.maximum(expected, 1e-3 * expected.max())
-        worst = max(worst, float(error.max()))
-    model.zero_grad()
-    if worst > 1e-4:
-        raise SystemExit(f"T is off by {worst:.1e} relative: no timing on wrong numbers")
-    return worst
+def misses(row: Row, timings: Mapping[str, Timing]) -> Iterator[str]:
+    """What a row lacks for the aim: little above the plain step, and no slower than a peer."""
+    if row.ratio > AIM:
+        yield f"time > {AIM:.2f}"
+    if max(row.memory, row.memory_small or 0) > AIM:
+        yield f"memory > {AIM:.2f}"
+    for name in PEERS:
+        if name in timings and row.low > timings[name].high:  # quartiles apart: no accident
+            yield f"slower than {name}"
 
 
-def opacus_step(model: LlamaForCausalLM, ids: torch.Tensor) -> Callable[[], object] | str:
-    """A step with Opacus' ghost norms, or why it cannot run."""
-    try:
-        from opacus.grad_sample import GradSampleModuleFastGradientClipping
-    except ImportError:
-        return "not installed (pip install 'fastgrad[bench]')"
-
-    def make() -> Callable[[], object]:
-        wrapped = GradSampleModuleFastGradientClipping(
-            model,
-            batch_first=True,
-            loss_reduction="mean",
-            max_grad_norm=1.0,
-            use_ghost_clipping=True,
-            strict=False,
+def table(title: str, rows: list[Row], absent: list[Absent]) -> Table:
+    out = Table(title=title)
+    columns = ("step", "ms", "time", "quartiles", "peak MiB", "memory", f"{SMALL} examples", "aim")
+    for column in columns:
+        out.add_column(column, justify="left" if column in ("step", "aim") else "right")
+    for r in rows:
+        aim = f"[bold red]missed: {', '.join(r.misses)}" if r.misses else "met"
+        out.add_row(
+            r.step,
+            f"{r.seconds * 1e3:.0f}",
+            f"{r.ratio:.3f}",
+            f"{r.low:.3f}–{r.high:.3f}",
+            f"{r.peak_bytes / 2**20:.0f}",
+            f"{r.memory:.3f}",
+            "–" if r.memory_small is None else f"{r.memory_small:.3f}",
+            aim if r.step in AIMED else "",
         )
+    for a in absent:
+        out.add_row(a.step, *["–"] * 6, a.why)
+    return out
 
-        def step() -> object:
-            model.zero_grad()
-            wrapped(input_ids=ids, labels=ids).loss.backward()
-            return wrapped.get_norm_sample()
 
-        return step
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            step = make()
-            step()
-        except Exception as error:
-            return f"fails: {type(error).__name__}: {str(error).splitlines()[0][:70]}"
-    return step
+def explain(peaks: Mapping[str, Peak]) -> str:
+    """Whose tensors are alive at the peak of T's step, and at that of the plain step."""
+    lines = []
+    for name in (PLAIN, MODULE):
+        lines.append(f"{name}: {peaks[name].bytes / 2**20:.2f} MiB at the peak, of these")
+        for path, size in peaks[name].holders.most_common(8):
+            lines.append(f"{size / 2**20:9.2f} MiB  {path}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 512, 2048])
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a batch")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tied", action="store_true", help="tie embedding and output weights")
+    parser.add_argument("--width", type=int, default=Shape.width)
+    parser.add_argument("--layers", type=int, default=Shape.layers)
+    parser.add_argument("--tied", action="store_true", help="tie llama's output layer as well")
+    parser.add_argument("--explain", action="store_true", help="whose tensors make the peak")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--system-malloc", action="store_true", help="leave the heap as it is")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="processor time on one thread: for a machine that others use too",
+    )
     args = parser.parse_args()
     if not args.system_malloc and not keep_freed_memory():
         print("this C library cannot keep freed memory: page faults are in the figures")
+    if args.cpu_time:
+        torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")  # Opacus' hooks
-    console = Console()
-    rows = []
-    for tokens in args.tokens:
-        n = max(2, args.batch_tokens // tokens)
-        model = build(args.width, args.layers, args.tied)
-        ids = torch.randint(3, VOCAB, (n, tokens), generator=torch.Generator().manual_seed(1))
-        error = check_T(model, ids)
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # see torch_func_step
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    shape = Shape(args.width, args.layers, args.tied)
+    clock: dict[str, Any] = {"clock": cpu_seconds} if args.cpu_time else {}
+    rows: list[Row] = []
+    absent: list[Absent] = []
+    for model in args.models:
+        for tokens in args.tokens:
+            case = make(model, shape, max(2, args.batch_tokens // tokens), tokens)
+            size = f"{case.examples} x {tokens} tokens"
 
-        def plain(model=model, ids=ids) -> None:
-            model.zero_grad()
-            model(input_ids=ids, labels=ids).loss.backward()
+            def time_all(steps: Mapping[str, Step], size: str = size) -> dict[str, Timing]:
+                with Progress(console=console, transient=True) as bar:
+                    tick = partial(bar.advance, bar.add_task(size, total=args.rounds))
+                    return interleaved(steps, args.rounds, warmup=0, progress=tick, **clock)
 
-        def probed(blocks: str, per_example: bool, model=model, ids=ids) -> Callable[[], object]:
-            probe = fg.Probe(model, blocks, per_example=per_example, hash_weights=False)
-
-            def step() -> None:
-                model.zero_grad()
-                with probe:
-                    model(input_ids=ids, labels=ids).loss.backward()
-
-            return step
-
-        contenders: dict[str, Callable[[], object]] = {
-            "plain step": plain,
-            "gradient norms": probed("module", False),
-            "T, per parameter": probed("module", True),
-            "T, 128x128 tiles": probed("128x128", True),
-        }
-        opacus = opacus_step(build(args.width, args.layers, args.tied), ids)
-        if callable(opacus):
-            contenders["Opacus ghost norms"] = opacus
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task(f"{n} x {tokens} tokens", total=args.rounds + 2)
-            result = interleaved(contenders, args.rounds, progress=partial(bar.advance, task))
-        table = Table(title=f"{args.layers} layers of width {args.width}, {n} x {tokens} tokens")
-        for column in ("step", "ms (median)", "ratio to plain", "quartiles"):
-            table.add_column(column, justify="left" if column == "step" else "right")
-        for name, t in result.items():
-            figures = (f"{t.seconds * 1e3:.1f}", f"{t.ratio:.3f}", f"{t.low:.3f}–{t.high:.3f}")
-            table.add_row(name, *figures)
-            rows.append(
-                {
-                    "tokens": tokens,
-                    "examples": n,
-                    "step": name,
-                    "ratio": t.ratio,
-                    "low": t.low,
-                    "high": t.high,
-                    "seconds": t.seconds,
-                }
-            )
-        if not callable(opacus):
-            table.add_row("Opacus ghost norms", "–", "–", str(opacus))
-        console.print(table)
-        console.print(f"T against one-example-at-a-time backward: {error:.1e} relative at worst\n")
+            new, gone, peaks, error = measure(model, case, time_all)
+            console.print(table(f"{model}, {args.layers} x {args.width}, {size}", new, gone))
+            console.print(f"T against one-example-at-a-time backward: {error:.1e} at worst\n")
+            if args.explain:
+                console.print(explain(peaks), "", highlight=False)
+            rows += new
+            absent += gone
+            gc.collect()  # peers' models and hooks refer to each other
     if args.output:
-        settings = {k: v for k, v in vars(args).items() if k != "output"}
-        data = {"environment": environment(), "settings": settings, "rows": rows}
+        settings = {k: v for k, v in vars(args).items() if k not in ("output", "explain")}
+        data = {
+            "environment": environment(),
+            "settings": settings | {"aim": AIM, "small": SMALL},
+            "rows": [asdict(r) for r in rows],
+            "absent": [asdict(a) for a in absent],
+        }
         args.output.write_text(json.dumps(data, indent=1) + "\n")
 
 
