@@ -3,15 +3,17 @@
 A parameter may be used several times in one forward pass (tied embeddings, a module called
 twice, one expert after the other). Its gradient for example j is the sum over uses, so where uses
 overlap the squared norm needs the cross terms ``2⟨use_a, use_b⟩``. They are computed from the
-factors, never from a dense per-example gradient; with block detail, one example's gradient at a
-time is formed in one scratch buffer.
+factors (:mod:`fastgrad.cross_terms`), never from a dense per-example gradient; with block detail,
+one example's gradient at a time is formed in one scratch buffer.
+
+What arrives is kept without its autograd graph: the graph's nodes refer to the records, and the
+circle would keep every graph alive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -20,15 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.blocks import BlockGrid
+from fastgrad.cross_terms import Factors, Lookup, Together
 from fastgrad.ownership import Mark
 from fastgrad.regions import Region, whole
-from fastgrad.rows import Rows
+from fastgrad.rows import Rows, wide, wide_dtype
 from fastgrad_kernels import ops
-from fastgrad_kernels.cpu import gram_products
 from fastgrad_kernels.dispatch import keep, upload
 from fastgrad_kernels.layout import block_sums
 
-CANCELLED = 1e-3  # below this share of the uses' own energy, cross terms have lost digits
 SAMPLE = 256  # entries compared by the self-check
 
 
@@ -56,27 +57,6 @@ class Use(NamedTuple):
     region: Region
 
 
-class Factors(NamedTuple):
-    """A use whose gradient is ``leftᵀ right`` in a region of the parameter."""
-
-    left: Tensor
-    right: Tensor
-    rows: Rows
-    region: Region
-
-
-class Lookup(NamedTuple):
-    """A use as embedding: ``grad_out [tokens, cols]`` arrives at the rows ``ids``."""
-
-    ids: Tensor
-    grad_out: Tensor
-    rows: Rows
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 class ParamRecord:
     """One parameter in one batch: squared norms per block and example, summed over its uses."""
 
@@ -87,19 +67,14 @@ class ParamRecord:
         self.forget()
 
     def forget(self) -> None:
-        """Back to before the backward pass.
-
-        What was kept for cross terms belongs to the autograd graph, and the graph's nodes refer
-        to this record: without this, the circle would keep every graph alive.
-        """
+        """Back to before the backward pass."""
         self.fired = 0  # uses whose gradient has arrived
-        self.sq: Tensor | None = None  # [n_blocks, n_examples], without cross terms
-        self.dots: Tensor | None = None  # [k, n_examples]
+        # [n_blocks, n_examples] and [k, n_examples] of the uses that overlap no other
+        self.sq: Tensor | None = None
+        self.dots: Tensor | None = None
         self.dense: Tensor | None = None  # [n_examples, *shape]
-        self.crossed: list[Factors] = []  # in sq already; their cross terms are not
-        self.gathered: list[tuple[list[Tensor], Factors]] = []
-        self.lookups: list[Lookup] = []
-        self.formed: list[Factors | Lookup] = []  # not in sq: one example at a time at the end
+        self.together: dict[Region, Together] = {}
+        self.formed: list[Factors | Lookup] = []  # one example at a time at the end
         self.rounded = False  # autograd's gradient went through 16 bits (autocast)
         self.sampled: Tensor | None = None
 
@@ -115,6 +90,14 @@ class ParamRecord:
         else:
             self.target.refuse(self.target.name, reason)
 
+    def differentiated(self) -> None:
+        """Part of the gradient comes from a backward pass that was itself differentiated: no tap
+        sees whose it is."""
+        self._arrived(self.parameter.dtype)
+        entry = (self.target.name, _DIFFERENTIATED)
+        if entry not in self.batch.refused:
+            self.batch.refused.append(entry)
+
     def expect(self, kind: Literal["product", "lookup", "dense"], region: Region | None) -> None:
         if self.batch.counting:
             self.uses.append(Use(kind, region or self.target.region))
@@ -122,8 +105,15 @@ class ParamRecord:
     def expect_lookup(self, ids: Tensor, rows: Rows) -> None:
         """``ids`` in example order."""
         if self.batch.counting:
-            self.expect("lookup", None)
+            self.expect("lookup", self.table)
             self._expected_ids.append((ids, rows))
+
+    @property
+    def table(self) -> Region:
+        """The parameter as lookups see it: a row for each id. One-dimensional, it is a column, and
+        not the one row that its matrix view is."""
+        grid = self.target.grid
+        return whole(grid.cols, 1) if self.parameter.ndim == 1 else whole(grid.rows, grid.cols)
 
     def _overlapping(self, region: Region) -> list[Use]:
         """Uses that share elements with ``region``, itself among them."""
@@ -144,35 +134,41 @@ class ParamRecord:
         """A use whose gradient is ``leftᵀ right``, rows in example order; returns that gradient,
         rounded to ``dtype``."""
         self._arrived(left.dtype)
+        left, right = left.detach(), right.detach()
         region = region or self.target.region
         factors = Factors(left, right, rows, region)
         shared = self._overlapping(region)
         crossing = len(shared) > 1
         place = self._place(region)
-        by_terms = self.target.grid.is_whole and all(
-            u.kind != "dense" and u.region == region for u in shared
-        )
-        if place is None or (crossing and not by_terms):
+        if place is None or (crossing and not self._by_terms(region, shared)):
             self.formed.append(factors)
-            grad = (_wide(left).T @ _wide(right)).to(dtype or left.dtype)
+            grad = (wide(left).T @ wide(right)).to(dtype or left.dtype)
         else:
             block_rows, block_cols, blocks = place
             grad, sq, dots = ops.cross_influence(
                 left, right, rows.offsets, block_rows, block_cols, self._directions(region), True,
                 dtype,
             )  # fmt: skip
-            self._add(sq, dots, blocks)
             if crossing:
-                self._keep_factors(factors)
+                ids = self._expected_ids if region == self.table else []
+                group = self.together.setdefault(region, Together())
+                group.add_product(factors, sq, dots, len(shared), ids)
+            else:
+                self._add(sq, dots, blocks)
 
         def sampled(index: Tensor) -> Tensor:
             if region == self.target.region:
-                return _wide(grad.reshape(-1)[index])
+                return wide(grad.reshape(-1)[index])
             row, col, here = region.entries(index)
-            return _wide(grad[row, col]) * here
+            return wide(grad[row, col]) * here
 
         self._check_in(sampled)
         return grad
+
+    def _by_terms(self, region: Region, shared: Sequence[Use]) -> bool:
+        """Whether the cross terms of these uses follow from their factors."""
+        same = all(u.kind != "dense" and u.region == region for u in shared)
+        return same and self.target.grid.is_whole
 
     def _place(self, region: Region) -> tuple[int, int, slice] | None:
         """Block size within a region and the blocks that it fills; None if blocks cut it."""
@@ -210,29 +206,30 @@ class ParamRecord:
         """A use as embedding: ``grad_out [tokens, cols]`` arrives at the rows ``ids``, both in
         example order. ``dtype`` as in :meth:`add_dense`."""
         self._arrived(dtype or grad_out.dtype)
-        grid = self.target.grid
-        crossing = len(self.uses) > 1
-        simple = all(u.kind != "dense" and u.region == self.target.region for u in self.uses)
-        if crossing and not (grid.is_whole and simple):
+        grad_out = grad_out.detach()
+        grid, table = self.target.grid, self.table
+        shared = self._overlapping(table)
+        crossing = len(shared) > 1
+        if crossing and not self._by_terms(table, shared):
             self.formed.append(Lookup(ids, grad_out, rows))
         else:
+            directions, block = self.target.directions, (grid.block_rows, grid.block_cols)
+            if table.cols != grid.cols:  # a column of numbers: blocks are counted alike
+                block = (grid.block_cols, 1)
+                directions = None if directions is None else directions.transpose(1, 2)
             sq, dots = ops.embedding_influence(
-                ids,
-                grad_out,
-                rows.offsets,
-                grid.rows,
-                grid.block_rows,
-                grid.block_cols,
-                self.target.directions,
+                ids, grad_out, rows.offsets, table.rows, *block, directions
             )
-            self._add(sq, dots, slice(0, grid.n_blocks))
             if crossing:
-                self.lookups.append(Lookup(ids, grad_out, rows))
+                group = self.together.setdefault(table, Together())
+                group.add_lookup(Lookup(ids, grad_out, rows), sq, dots)
+            else:
+                self._add(sq, dots, slice(0, grid.n_blocks))
 
         def sampled(index: Tensor) -> Tensor:
-            row, col = index // grid.cols, index % grid.cols
-            hit = (ids.unsqueeze(0) == row.unsqueeze(1)).to(_wide(grad_out).dtype)
-            return (hit * _wide(grad_out)[:, col].T).sum(1)
+            row, col = index // table.cols, index % table.cols
+            hit = (ids.unsqueeze(0) == row.unsqueeze(1)).to(wide_dtype(grad_out.dtype))
+            return (hit * wide(grad_out)[:, col].T).sum(1)
 
         self._check_in(sampled)
 
@@ -242,7 +239,7 @@ class ParamRecord:
         ``dtype`` is that in which the gradient goes on to autograd, if it differs.
         """
         self._arrived(dtype or per_example.dtype)
-        per_example = _wide(per_example)
+        per_example = wide(per_example.detach())
         self.dense = per_example if self.dense is None else self.dense + per_example
         self._check_in(lambda index: per_example.sum(0).reshape(-1)[index])
 
@@ -266,103 +263,71 @@ class ParamRecord:
         self.sq[blocks] += sq
         self.dots += dots
 
-    def _keep_factors(self, factors: Factors) -> None:
-        """Keep what the cross terms need. Against a lookup that is only the columns of ``left``
-        that the looked-up ids name: ``[tokens, tokens]`` instead of ``[tokens, vocabulary]``."""
-        left, rows = factors.left, factors.rows
-        even = all(r.per_example is not None for _, r in self._expected_ids)
-        tokens = rows.per_example
-        if len(self.uses) > 1 + len(self._expected_ids) or not even or tokens is None:
-            self.crossed.append(factors)
-            return
-        split = _split(left, rows)
-        pairs = [
-            split.gather(2, ids.view(r.n_examples, 1, -1).expand(-1, tokens, -1))
-            for ids, r in self._expected_ids
-        ]
-        self.gathered.append((pairs, factors._replace(left=left.new_empty(0))))
-
     # -- the end of the backward pass ----------------------------------------------------
 
     def finish(self) -> tuple[Tensor, Tensor] | None:
         """``(sq [n_blocks, n_examples], dots [k, n_examples])``, or None if it is not covered."""
-        if self.dense is not None and not self.formed and self.sq is None:
-            return self._finish_dense(self.dense)
-        if self.formed or self.dense is not None:
-            return self._finish_formed()
-        if self.sq is None or self.dots is None:
+        formed, groups = list(self.formed), [(self.sq, self.dots)]
+        for group in self.together.values():
+            total = group.total()
+            if total is not None:
+                groups.append((total, group.dots))
+            elif group.uses is not None:
+                formed += group.uses
+            else:
+                self.refuse("its uses as output layer and as embedding cancel each other")
+                return None
+        if formed:
+            groups.append(self._finish_formed(formed))
+        elif self.dense is not None:
+            groups.append(self._finish_dense(self.dense))
+        known = [(sq, dots) for sq, dots in groups if sq is not None and dots is not None]
+        if not known:
             return None
-        sq = self.sq
-        if self.crossed or self.gathered or len(self.lookups) > 1:
-            total = sq + 2 * self._cross_terms().unsqueeze(0)
-            if bool((total < CANCELLED * sq).any()):
-                # The uses nearly cancel: a difference of large numbers is not exact any more.
-                if self.gathered:
-                    self.refuse("its uses as output layer and as embedding cancel each other")
-                    return None
-                self.formed, self.sq, self.dots = [*self.crossed, *self.lookups], None, None
-                return self._finish_formed()
-            sq = total
-        return sq, self.dots
+        sq, dots = known[0]
+        for more_sq, more_dots in known[1:]:
+            sq, dots = sq + more_sq, dots + more_dots
+        return sq, dots
 
     def _finish_dense(self, dense: Tensor) -> tuple[Tensor, Tensor]:
         grid, n = self.target.grid, dense.shape[0]
         matrix = dense.reshape(n, grid.rows, grid.cols)
-        sq = block_sums(matrix.square(), grid.block_rows, grid.block_cols).T.contiguous()
+        sq = block_sums(squares(matrix), grid.block_rows, grid.block_cols).T.contiguous()
         if self.target.directions is None:
             return sq, sq.new_zeros(0, n)
         directions = self.target.directions.to(dense.dtype).flatten(1)
-        return sq, directions @ dense.reshape(n, -1).T
+        return sq, (directions @ dense.reshape(n, -1).T).real
 
-    def _cross_terms(self) -> Tensor:
-        """``Σ_{a<b} ⟨use_a, use_b⟩`` for each example, ``[n_examples]`` (docs/maths.md)."""
-        total = torch.zeros(self.batch.n_examples, device=self.parameter.device)
-        for one, two in combinations(self.crossed, 2):
-            total = total + _each(_product_product, one, two)
-        for first, second in combinations(self.lookups, 2):
-            total = total + _each(_lookup_lookup, first, second)
-        for lookup in self.lookups:
-            for factors in self.crossed:
-                total = total + _each(_product_lookup, factors, lookup)
-            for kept, factors in self.gathered:
-                # lookups fire in any order: find this lookup's columns by its ids
-                for (expected, _), columns in zip(self._expected_ids, kept, strict=True):
-                    ids = lookup.ids
-                    if expected.data_ptr() == ids.data_ptr() or torch.equal(expected, ids):
-                        right = _wide(_split(factors.right, factors.rows))
-                        grads = _wide(_split(lookup.grad_out, lookup.rows))
-                        inner = torch.bmm(right, grads.transpose(1, 2))
-                        total = total + (_wide(columns) * inner).sum((1, 2))
-                        break
-        return total
-
-    def _finish_formed(self) -> tuple[Tensor, Tensor]:
-        """Uses together that overlap, or that blocks cut: one example's gradient at a time. What
-        is in ``sq`` already shares no element with them."""
+    def _finish_formed(self, formed: Sequence[Factors | Lookup]) -> tuple[Tensor, Tensor]:
+        """Uses together that overlap, or that blocks cut: one example's gradient at a time. All
+        others share no element with them."""
         grid, n = self.target.grid, self.batch.n_examples
-        device = self.parameter.device
-        scratch = torch.zeros(grid.rows, grid.cols, device=device)
-        sq = torch.zeros(grid.n_blocks, n, device=device)
+        device, table = self.parameter.device, self.table
+        tensors = [u.right if isinstance(u, Factors) else u.grad_out for u in formed]
+        tensors += [] if self.dense is None else [self.dense]
+        double = any(t.dtype == torch.float64 for t in tensors)
+        dtype = torch.float64 if double else torch.float32
+        scratch = torch.zeros(grid.rows, grid.cols, device=device, dtype=dtype)
+        sq = scratch.new_zeros(grid.n_blocks, n)
         directions = self.target.directions
-        dots = torch.zeros(0 if directions is None else directions.shape[0], n, device=device)
-        parts = [list(use.rows.parts()) for use in self.formed]
+        dots = scratch.new_zeros(0 if directions is None else directions.shape[0], n)
+        parts = [list(use.rows.parts()) for use in formed]
         for j in range(n):
             scratch.zero_()
-            for use, own in zip(self.formed, parts, strict=True):
+            for use, own in zip(formed, parts, strict=True):
                 part = own[j]
                 if isinstance(use, Factors):
                     into = use.region.of(scratch)
-                    into.addmm_(use.left[part].float().T, use.right[part].float())
+                    into.addmm_(use.left[part].to(dtype).T, use.right[part].to(dtype))
                 else:
-                    scratch.index_add_(0, use.ids[part], use.grad_out[part].float())
+                    rows = scratch.view(table.rows, table.cols)
+                    rows.index_add_(0, use.ids[part], use.grad_out[part].to(dtype))
             if self.dense is not None:
                 scratch += self.dense[j].view_as(scratch)
             sq[:, j] = block_sums(scratch.square(), grid.block_rows, grid.block_cols)
             if directions is not None:
-                dots[:, j] = (directions.float() * scratch).sum((1, 2))
-        if self.sq is None or self.dots is None:
-            return sq, dots
-        return sq + self.sq, dots + self.dots
+                dots[:, j] = (directions.to(dtype) * scratch).sum((1, 2))
+        return sq, dots
 
     # -- self-check ----------------------------------------------------------------------
 
@@ -379,7 +344,8 @@ class ParamRecord:
                 used = torch.cat(ids)
                 half = len(index) // 2
                 rows = used[_random_entries(used.numel(), device, half)].long()
-                index = torch.cat([rows * grid.cols + index[:half] % grid.cols, index[half:]])
+                cols = self.table.cols
+                index = torch.cat([rows * cols + index[:half] % cols, index[half:]])
             samples[name] = index
         return samples[name]
 
@@ -415,35 +381,14 @@ def mismatch(
     return error / scale if scale > 0 and error > (2e-2 if rounded else 1e-3) * scale else None
 
 
-def _split(matrix: Tensor, rows: Rows) -> Tensor:
-    assert rows.per_example is not None
-    return matrix.unflatten(0, (rows.n_examples, rows.per_example))
+def squares(tensor: Tensor) -> Tensor:
+    """``|x|²`` of real or complex numbers."""
+    if not tensor.is_complex():
+        return tensor.square()
+    return torch.view_as_real(tensor.resolve_conj()).square().sum(-1)
 
 
-def _each(inner: Callable[..., Tensor], a: Factors | Lookup, b: Factors | Lookup) -> Tensor:
-    """Inner product of two uses for each example; in one go where examples are equally long."""
-    if a.rows.per_example is not None and b.rows.per_example is not None:
-        return inner(
-            *(_split(t, a.rows) for t in a[:2]), *(_split(t, b.rows) for t in b[:2])
-        )
-    pairs = zip(a.rows.parts(), b.rows.parts(), strict=True)
-    return torch.cat(
-        [inner(*(t[None, p] for t in a[:2]), *(t[None, q] for t in b[:2])) for p, q in pairs]
-    )
-
-
-def _product_product(l1: Tensor, r1: Tensor, l2: Tensor, r2: Tensor) -> Tensor:
-    return gram_products(_wide(l1), _wide(r1), _wide(l2), _wide(r2))
-
-
-def _lookup_lookup(i1: Tensor, g1: Tensor, i2: Tensor, g2: Tensor) -> Tensor:
-    same = i1.unsqueeze(2) == i2.unsqueeze(1)
-    return (same * torch.bmm(_wide(g1), _wide(g2).transpose(1, 2))).sum((1, 2))
-
-
-def _product_lookup(left: Tensor, right: Tensor, ids: Tensor, g: Tensor) -> Tensor:
-    columns = _wide(left).gather(2, ids.unsqueeze(1).expand(-1, left.shape[1], -1))
-    return (columns * torch.bmm(_wide(right), _wide(g).transpose(1, 2))).sum((1, 2))
+_DIFFERENTIATED = "its layer's backward pass was itself differentiated (create_graph=True)"
 
 
 @dataclass(eq=False)

@@ -11,6 +11,18 @@ from torch import Tensor
 from fastgrad_kernels.dispatch import keep, upload
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of such numbers are accumulated in: at least float32, and never without the
+    imaginary part."""
+    if dtype in (torch.float64, torch.complex64, torch.complex128):
+        return dtype
+    return torch.complex64 if dtype.is_complex else torch.float32
+
+
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
 class Rows:
     """Which example each row of a ``[rows, features]`` matrix belongs to.
 
@@ -65,13 +77,12 @@ class Rows:
         return (slice(a, b) for a, b in pairwise(self.offsets.tolist()))
 
     def sums(self, matrix: Tensor) -> Tensor:
-        """Sum of each example's rows of ``[rows, *shape]``, accumulated in float32 (float64 for
-        float64): ``[n_examples, *shape]``."""
-        wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+        """Sum of each example's rows of ``[rows, *shape]``, accumulated in :func:`wide_dtype`:
+        ``[n_examples, *shape]``."""
         if self.per_example is not None:
             shape = (self.n_examples, self.per_example)
-            return matrix.unflatten(0, shape).sum(1, dtype=wide)
-        matrix = self.ordered(matrix).to(wide)
+            return matrix.unflatten(0, shape).sum(1, dtype=wide_dtype(matrix.dtype))
+        matrix = wide(self.ordered(matrix))
         sums = matrix.new_zeros(self.n_examples, *matrix.shape[1:])
         for total, part in zip(sums, self.parts(), strict=True):
             torch.sum(matrix[part], 0, out=total)
