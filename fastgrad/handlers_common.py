@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgrad.derived import Sink
 from fastgrad.ownership import NOBODY, Mark, marked
 from fastgrad.records import Batch
-from fastgrad.rows import Rows
+from fastgrad.rows import Rows, wide_dtype
 
 
 def ownership(x: Tensor, batch: Batch) -> Mark:
@@ -81,6 +81,29 @@ def sinks_of(batch: Batch, *tensors: Tensor | None) -> list[Sink | None]:
     return [None if t is None else Sink.of(t, batch) for t in tensors]
 
 
+def watch_sinks(batch: Batch, *tensors: Tensor | None) -> list[Sink | None]:
+    """As :func:`sinks_of`, for functions that are watched: what gets no gradient has no part."""
+    return sinks_of(batch, *(t if t is not None and t.requires_grad else None for t in tensors))
+
+
+def too_large(
+    batch: Batch, sinks: Sequence[Sink | None], tensors: Sequence[Tensor | None]
+) -> str | None:
+    """Why the gradients of one of the tensors cannot be formed for each example."""
+    for sink, tensor in zip(sinks, tensors, strict=True):
+        if sink is not None and tensor is not None:
+            large = sink.too_large(tensor, batch.n_examples)
+            if large is not None:
+                return large
+    return None
+
+
+def expect_dense(sinks: Sequence[Sink | None], tensors: Sequence[Tensor | None]) -> None:
+    for sink, tensor in zip(sinks, tensors, strict=True):
+        if sink is not None and tensor is not None:
+            sink.expect_dense(tensor)
+
+
 def refuse(sinks: Sequence[Sink | None], reason: str) -> Any:
     for sink in sinks:
         if sink is not None:
@@ -91,3 +114,54 @@ def refuse(sinks: Sequence[Sink | None], reason: str) -> Any:
 def constant(x: Tensor, batch: Batch) -> bool:
     """No activation: something that does not depend on the examples."""
     return not x.requires_grad and marked(x, batch.index) is None
+
+
+Sums = Callable[[Tensor], Tensor]
+
+
+def shares(batch: Batch, found: Mark, x: Tensor, shape: Sequence[int]) -> Sums | None:
+    """What sums a tensor of the shape of ``x``, whose examples ``found`` tells apart, over
+    everything but examples and the dimensions that ``shape`` has; None if these are entangled.
+
+    The sums are ``[n_examples, numel of shape]``; ``shape`` is aligned from the right.
+    """
+    n, nd = batch.n_examples, x.ndim
+    full = [1] * (nd - len(shape)) + list(shape)
+    if len(full) != nd or any(k not in (1, x.shape[d]) for d, k in enumerate(full)):
+        return None
+    kept = [d for d in range(nd) if full[d] > 1]
+    if n == 1:
+        return lambda t: t.sum_to_size(full).reshape(1, -1).to(wide_dtype(t.dtype))
+    if not found.owned:
+        return None
+    if found.owner is None:
+        dim = found.dim
+        if dim in kept or x.shape[dim] % n:
+            return None
+
+        def uniform(t: Tensor) -> Tensor:
+            t = t.unflatten(dim, (n, -1))  # from here on, dimensions behind come one later
+            over = [d + (d > dim) for d in range(nd) if d not in kept and d != dim] + [dim + 1]
+            t = t.sum(over, dtype=wide_dtype(t.dtype), keepdim=True)
+            return t.movedim(dim, 0).reshape(n, -1)
+
+        return uniform
+    owner = found.owner
+    if any(owner.shape[d] > 1 for d in kept):
+        return None
+    order = [d for d in range(nd) if d not in kept]
+    lead = torch.Size(x.shape[d] for d in order)
+    rows = batch.rows_of(
+        owner.permute(*order, *kept).reshape([owner.shape[d] for d in order]), lead
+    )
+
+    def explicit(t: Tensor) -> Tensor:
+        t = t.permute(*order, *kept).reshape(max(math.prod(lead), 1), -1)
+        return rows.sums(t)
+
+    return explicit
+
+
+def per_channel(batch: Batch, found: Mark, x: Tensor, size: int) -> Sums | None:
+    """:func:`shares` of the channels, which are dimension one."""
+    return shares(batch, found, x, [size if d == 1 else 1 for d in range(x.ndim)])

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from fastgrad.derived import roots_of, spread_over
-from fastgrad.handlers_common import ownership
+from fastgrad.handlers_common import (
+    constant,
+    expect_dense,
+    ownership,
+    per_channel,
+    refuse,
+    too_large,
+    watch_sinks,
+)
 from fastgrad.records import Batch
+from fastgrad.tap_watch import Sinks, give, watched
 
 
 def broadcast(batch: Batch, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -40,3 +50,29 @@ ELEMENTWISE = (
     "addcdiv", "lerp", "multiply", "subtract", "divide", "__mul__", "__rmul__", "__add__",
     "__radd__", "__sub__", "__rsub__", "__truediv__", "__rtruediv__", "__pow__", "__rpow__",
 )  # fmt: skip
+
+
+def prelu(batch: Batch, func: Any, input: Tensor, weight: Tensor) -> Any:
+    if roots_of(input, batch) or constant(input, batch):
+        return NotImplemented
+    sinks = watch_sinks(batch, weight)
+    if not any(sinks):
+        return func(input, weight)
+    found, size = ownership(input, batch), weight.numel()
+    sums = per_channel(batch, found, input, size)
+    if sums is None:
+        return refuse(
+            sinks,
+            f"its activation saw an input of shape {tuple(input.shape)}, in which the batch's "
+            f"{batch.n_examples} examples cannot be told apart",
+        )
+    if (large := too_large(batch, sinks, (weight,))) is not None:
+        return refuse(sinks, large)
+    expect_dense(sinks, (weight,))
+
+    def measure(
+        sinks: Sinks, grads: Sequence[Tensor], saved: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        return [give(sinks[0], sums(grads[0] * saved[0].clamp(max=0)), grads[0].dtype)]
+
+    return watched(lambda w: [func(input, w)], [weight], sinks, measure, input)[0]

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgrad.derived import roots_of
-from fastgrad.handlers_common import constant, example_rows, refuse, sinks_of
+from fastgrad.handlers_common import (
+    constant,
+    example_rows,
+    expect_dense,
+    ownership,
+    per_channel,
+    refuse,
+    sinks_of,
+    too_large,
+    watch_sinks,
+)
 from fastgrad.handlers_elementwise import broadcast
 from fastgrad.propagation import propagate
 from fastgrad.records import Batch
+from fastgrad.rows import wide
 from fastgrad.tap_functions import LayerNormTap
+from fastgrad.tap_watch import Sinks, give, watched
 
 
 def layer_norm(
@@ -79,3 +92,139 @@ def _affine(batch: Batch, out: Tensor, weight: Tensor | None, bias: Tensor | Non
         propagate(func, (out, tensor), {}, new, batch.index, batch.n_examples)
         out = new
     return out
+
+
+# -- norms of channels: watched ----------------------------------------------------------
+
+
+def batch_norm(
+    batch: Batch,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+
+    def call(weight: Tensor | None, bias: Tensor | None) -> Any:
+        return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    stats = _Stats([0, *range(2, input.ndim)], eps)
+    running = (running_mean, running_var) if not training else None
+    return _channels(batch, call, (input, weight, bias), stats, running)
+
+
+def torch_batch_norm(batch: Batch, func: Any, *args: Any) -> Any:
+    """The same with arguments in another order."""
+    if len(args) < 8:
+        return NotImplemented
+    x, weight, bias, mean, var, training, _, eps = args[:8]
+    running = (mean, var) if not training else None
+    stats = _Stats([0, *range(2, x.ndim)], eps)
+
+    def call(weight: Tensor | None, bias: Tensor | None) -> Any:
+        return func(x, weight, bias, *args[3:])
+
+    return _channels(batch, call, (x, weight, bias), stats, running)
+
+
+def instance_norm(
+    batch: Batch,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+
+    def call(weight: Tensor | None, bias: Tensor | None) -> Any:
+        return func(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+    running = (running_mean, running_var) if not use_input_stats else None
+    stats = _Stats(list(range(2, input.ndim)), eps)
+    return _channels(batch, call, (input, weight, bias), stats, running)
+
+
+def group_norm(
+    batch: Batch,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+) -> Any:
+
+    def call(weight: Tensor | None, bias: Tensor | None) -> Any:
+        return func(input, num_groups, weight, bias, eps, *rest)
+
+    stats = _Stats([-1], eps, num_groups)
+    return _channels(batch, call, (input, weight, bias), stats, None)
+
+
+class _Stats(NamedTuple):
+    """Over what a norm takes its mean and variance."""
+
+    dims: list[int]
+    eps: float
+    groups: int | None = None  # of channels, each flattened beforehand
+
+    def normalised(self, x: Tensor, running: Sequence[Tensor]) -> Tensor:
+        x = wide(x)
+        if running:
+            shape = [-1, *[1] * (x.ndim - 2)]
+            mean, var = (wide(t).view(shape) for t in running)
+            return (x - mean) * (var + self.eps).rsqrt()
+        flat = x if self.groups is None else x.reshape(x.shape[0], self.groups, -1)
+        var, mean = torch.var_mean(flat, self.dims, correction=0, keepdim=True)
+        return ((flat - mean) * (var + self.eps).rsqrt()).reshape(x.shape)
+
+
+def _channels(
+    batch: Batch,
+    call: Callable[[Tensor | None, Tensor | None], Any],
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    stats: _Stats,
+    running: Sequence[Tensor | None] | None,
+) -> Any:
+    """A norm whose scale and shift have an element for each channel."""
+    x, weight, bias = tensors
+    if roots_of(x, batch) or constant(x, batch) or x.ndim < 2:
+        return NotImplemented
+    sinks = watch_sinks(batch, weight, bias)
+    if not any(sinks):
+        return call(weight, bias)
+    sums = per_channel(batch, ownership(x, batch), x, x.shape[1])
+    if sums is None:
+        return refuse(
+            sinks,
+            f"its norm saw an input of shape {tuple(x.shape)}, in which the batch's "
+            f"{batch.n_examples} examples cannot be told apart",
+        )
+    if (large := too_large(batch, sinks, (weight, bias))) is not None:
+        return refuse(sinks, large)
+    expect_dense(sinks, (weight, bias))
+    # those of the forward pass: a later one may change the buffers
+    saved = [] if running is None else [t.clone() for t in running if t is not None]
+
+    def measure(
+        sinks: Sinks, grads: Sequence[Tensor], saved: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        (grad,), (x, *running) = grads, saved
+        scale = shift = None
+        if sinks[0] is not None:
+            scale = give(sinks[0], sums(grad * stats.normalised(x, running)), grad.dtype)
+        if sinks[1] is not None:
+            shift = give(sinks[1], sums(grad), grad.dtype)
+        return scale, shift
+
+    return watched(lambda *w: [call(*w)], (weight, bias), sinks, measure, x, *saved)[0]

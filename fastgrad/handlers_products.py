@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrad import handlers_contractions as contractions
 from fastgrad.derived import Sink, beyond, expanded_size, roots_of
 from fastgrad.handlers_common import cast, constant, example_rows, ownership, refuse, sinks_of
 from fastgrad.records import Batch
@@ -48,18 +49,21 @@ def linear(
     return product(batch, input, weight, bias, transposed=False)
 
 
-def addmm(batch: Batch, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
-    if kwargs or input.ndim != 1:  # scaled sums are not what layers compute
-        return NotImplemented
-    return product(batch, mat1, mat2, input, transposed=True)
+def addmm(batch: Batch, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) == 3 and not kwargs and args[0].ndim == 1:  # what layers compute
+        bias, x, weight = args
+        found = product(batch, x, weight, bias, transposed=True)
+        if found is not NotImplemented:
+            return found
+    return contractions.added(batch, func, *args, **kwargs)
 
 
 def matmul(batch: Batch, func: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs or len(args) != 2 or not all(isinstance(a, Tensor) for a in args):
         return NotImplemented
     x, weight = args
-    if not roots_of(weight, batch) or x.ndim < 2:
-        return NotImplemented
+    if not roots_of(weight, batch) or x.ndim < 2 or weight.ndim != 2:
+        return contractions.matmul(batch, func, *args)
     return product(batch, x, weight, None, transposed=True)
 
 
