@@ -9,17 +9,20 @@ is still there, then gives theirs. Roots of that part are parameters, or lookups
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
+from fastgrad.chain_rule import Edge, edge, through
 from fastgrad.ownership import Mark
 from fastgrad.records import Batch, ParamRecord
 from fastgrad.regions import Region, region_of
-from fastgrad.rows import Rows
+from fastgrad.rows import Rows, wide
 
 _MADE = "_fastgrad_made"  # what a tensor is made of: the parts of its own root, or its roots
 
@@ -31,6 +34,10 @@ class Root(NamedTuple):
     tensor: Tensor
     ids: Tensor | None = None
     padding: int | None = None  # id whose gradient does not count
+
+    def kept(self) -> Root:
+        """Without the memory of what was looked up."""
+        return self if self.ids is None else self._replace(tensor=self.record.parameter)
 
     def arrive(self, gradients: Tensor, batch: Batch, dtype: torch.dtype) -> None:
         """``[n_examples, *tensor.shape]`` of this root; they went through ``dtype``."""
@@ -87,6 +94,19 @@ def set_derived(tensor: Tensor, roots: Sequence[Root]) -> None:
     setattr(tensor, _MADE, tuple(unique.values()))
 
 
+@contextmanager
+def kept_from_checkpoints() -> Iterator[None]:
+    """What functions of parameters alone save stays where it is: the way from a derived tensor to
+    its roots is walked in addition to autograd's own, and a checkpoint hands out once what it
+    computed again."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield
+        return
+    # detached: a node that keeps its own output would never go
+    with saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+        yield
+
+
 def expanded_size(tensor: Tensor, roots: Sequence[Root], n: int) -> int:
     """Elements that the gradients of each example take: of the tensor and of its roots."""
     sizes = [r.tensor.numel() for r in roots]
@@ -103,45 +123,29 @@ def expect(tensor: Tensor, roots: Sequence[Root]) -> None:
             root.record.expect_lookup(ids, Rows.uniform(n, root.ids.numel()))
 
 
-def arrive(
-    tensor: Tensor, gradients: Tensor, roots: Sequence[Root], dtype: torch.dtype
-) -> None:
-    """Gradients ``[n_examples, *tensor.shape]`` of a tensor, through its graph to its roots."""
-    batch = roots[0].record.batch
-    batch.on_arrival(batch)
-    leaves = [r.tensor for r in roots]
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        dtype = tensor.dtype
-    gradients = gradients.to(tensor.dtype)
-    batch.nested = True
-    try:
-        with torch.enable_grad():
-            found = _batched(tensor, leaves, gradients)
-    finally:
-        batch.nested = False
-    for root, gradient in zip(roots, found, strict=True):
-        if gradient is None:
-            gradient = root.tensor.new_zeros(len(gradients), *root.tensor.shape)
-        root.arrive(gradient, batch, dtype)
+class Made(NamedTuple):
+    """A tensor made of roots: its place in the graph, whose way to them is known even if the
+    tensors are no more or have been written into."""
 
+    start: Edge
+    ends: tuple[Edge, ...]
+    shape: torch.Size
+    dtype: torch.dtype
 
-def _batched(
-    tensor: Tensor, leaves: Sequence[Tensor], gradients: Tensor
-) -> Sequence[Tensor | None]:
-    """The chain rule for all examples at once; one by one where a function cannot do that."""
-    try:
-        return torch.autograd.grad(
-            tensor, leaves, gradients, retain_graph=True, is_grads_batched=True, allow_unused=True
-        )
-    except RuntimeError:
-        each = [
-            torch.autograd.grad(tensor, leaves, g, retain_graph=True, allow_unused=True)
-            for g in gradients
-        ]
-        return [
-            None if column[0] is None else torch.stack(list(column))
-            for column in zip(*each, strict=True)
-        ]
+    @classmethod
+    def of(cls, tensor: Tensor, roots: Sequence[Root]) -> Made:
+        ends = tuple(edge(r.tensor) for r in roots)
+        return cls(edge(tensor), ends, tensor.shape, tensor.dtype)
+
+    def arrive(self, gradients: Tensor, roots: Sequence[Root], dtype: torch.dtype) -> None:
+        """The gradients of each example, through the graph to the roots."""
+        batch = roots[0].record.batch
+        batch.on_arrival(batch)
+        if self.dtype in (torch.bfloat16, torch.float16):
+            dtype = self.dtype
+        gradients = gradients.reshape(len(gradients), *self.shape).to(self.dtype)
+        for root, found in zip(roots, through(self.start, self.ends, gradients), strict=True):
+            root.arrive(found, batch, dtype)
 
 
 def into_record(
@@ -171,6 +175,7 @@ class Sink(NamedTuple):
     direct: bool  # the tensor is a parameter
     region: Region | None = None  # it is a view of a parameter
     flipped: bool = False
+    made: Made | None = None  # neither: what is left of it
 
     @classmethod
     def of(cls, tensor: Tensor, batch: Batch) -> Sink | None:
@@ -179,13 +184,24 @@ class Sink(NamedTuple):
         if not roots:
             return None
         parameter = roots[0].tensor
-        if tensor is parameter:
-            return cls(roots, True)
-        if len(roots) == 1 and roots[0].ids is None:
+        if len(roots) == 1 and roots[0].ids is None and tensor is not parameter:
             found = region_of(tensor, parameter)
             if found is not None:
                 return cls(roots, False, *found)
-        return cls(roots, False)
+        return cls.at(tensor, roots)
+
+    @classmethod
+    def at(cls, tensor: Tensor, roots: tuple[Root, ...]) -> Sink:
+        """For gradients of the whole tensor, one for each example."""
+        if roots[0].tensor is tensor and roots[0].ids is None:
+            return cls(roots, True)
+        return cls(roots, False, made=Made.of(tensor, roots))
+
+    def kept(self) -> Sink:
+        """What the backward pass needs: without the memory of what was looked up."""
+        if self.direct or self.region is not None:
+            return self
+        return self._replace(roots=tuple(r.kept() for r in self.roots))
 
     @property
     def limit(self) -> int:
@@ -204,6 +220,11 @@ class Sink(NamedTuple):
         for root in self.roots:
             root.record.refuse(reason)
 
+    def differentiated(self) -> None:
+        """The backward pass is to be differentiated itself: see :class:`ParamRecord`."""
+        for root in self.roots:
+            root.record.differentiated()
+
     def too_large(self, weight: Tensor, n: int) -> str | None:
         """Why per-example gradients of a derived matrix cannot be formed."""
         if self.direct or self.region is not None:
@@ -211,33 +232,30 @@ class Sink(NamedTuple):
         size, limit = expanded_size(weight, self.roots, n), self.roots[0].record.target.dense_limit
         return None if size <= limit else beyond(size, limit)
 
-    def product(
-        self, weight: Tensor | None, left: Tensor, right: Tensor, rows: Rows, dtype: torch.dtype
-    ) -> Tensor:
-        """Gradient ``leftᵀ right`` of a matrix; rows as the activation has them. ``weight`` is
-        needed if it is neither a parameter nor a view of one."""
+    def product(self, left: Tensor, right: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Gradient ``leftᵀ right`` of a matrix; rows as the activation has them."""
         if self.direct or self.region is not None:
             record = self.roots[0].record
             return into_record(record, left, right, rows, dtype, self.region, self.flipped)
-        a, b = rows.ordered(left), rows.ordered(right)
-        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-        each = torch.stack([a[p].to(wide).T @ b[p].to(wide) for p in rows.parts()])
-        assert weight is not None
-        arrive(weight, each, self.roots, left.dtype)
+        a, b = wide(rows.ordered(left)), wide(rows.ordered(right))
+        if rows.per_example is not None:
+            shape = (rows.n_examples, rows.per_example)
+            each = torch.bmm(a.unflatten(0, shape).transpose(1, 2), b.unflatten(0, shape))
+        else:
+            each = torch.stack([a[p].T @ b[p] for p in rows.parts()])
+        self.dense(each, left.dtype)
         grad = each.sum(0).to(dtype)
         if rows.rest is not None:
             grad = grad + left[rows.rest].T @ right[rows.rest]
         return grad
 
-    def dense(self, tensor: Tensor | None, per_example: Tensor, dtype: torch.dtype) -> None:
-        """Gradients ``[n_examples, *shape]`` of a tensor that is small enough."""
-        if self.direct and self.roots[0].ids is None:
+    def dense(self, per_example: Tensor, dtype: torch.dtype) -> None:
+        """Gradients ``[n_examples, *shape]``, or in another shape of as many elements, of a tensor
+        that is small enough."""
+        if self.made is None:
             self.roots[0].record.add_dense(per_example, dtype)
-        elif self.direct:
-            self.roots[0].arrive(per_example, self.roots[0].record.batch, dtype)
         else:
-            assert tensor is not None
-            arrive(tensor, per_example, self.roots, dtype)
+            self.made.arrive(per_example, self.roots, dtype)
 
 
 def beyond(size: int, limit: int) -> str:
@@ -264,20 +282,21 @@ class SharedTap(torch.autograd.Function):
         rows: Rows,
         sink: Sink,
     ) -> Tensor:
-        ctx.shape, ctx.spread, ctx.rows, ctx.sink = tensor.shape, spread, rows, sink
-        # Not saved for backward: an activation checkpoint would bring it back without its graph.
-        ctx.tensor = None if sink.direct else tensor
+        ctx.shape, ctx.spread, ctx.rows, ctx.sink = tensor.shape, spread, rows, sink.kept()
         return tensor.view([1] * (len(shape) - tensor.ndim) + list(tensor.shape)).expand(shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            ctx.sink.differentiated()
+            total = grad.sum(ctx.spread) if ctx.spread else grad
+            return total.reshape(ctx.shape), None, None, None, None
         lead = grad.movedim(list(ctx.spread), list(range(len(ctx.spread))))
         rest = lead.shape[len(ctx.spread) :]
-        lead = lead.reshape(-1, *rest)
+        lead = lead.reshape(math.prod(lead.shape[: len(ctx.spread)]), *rest)
         per_example = ctx.rows.sums(lead)
         per_example = per_example.reshape(len(per_example), *ctx.shape)
-        ctx.sink.dense(ctx.tensor, per_example, grad.dtype)
+        ctx.sink.dense(per_example, grad.dtype)
         total = per_example.sum(0).to(grad.dtype)
         if ctx.rows.rest is not None:
             total = total + lead[ctx.rows.rest].sum(0).view(ctx.shape)
@@ -290,17 +309,19 @@ class AlignedTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, dim: int, rows: Rows, sink: Sink) -> Tensor:
-        ctx.dim, ctx.rows, ctx.sink, ctx.tensor = dim, rows, sink, tensor
+        ctx.dim, ctx.rows, ctx.sink = dim, rows, sink.kept()
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            ctx.sink.differentiated()
+            return grad, None, None, None
         shares = grad.new_zeros(ctx.rows.n_examples, *grad.shape)
         for share, part in zip(shares, ctx.rows.parts(), strict=True):
             at = (*[slice(None)] * ctx.dim, part)
             share[at] = grad[at]
-        ctx.sink.dense(ctx.tensor, shares, grad.dtype)
+        ctx.sink.dense(shares, grad.dtype)
         return grad, None, None, None
 
 
@@ -311,16 +332,19 @@ def aligned(tensor: Tensor, roots: tuple[Root, ...], dim: int, batch: Batch) -> 
     size, limit = n * tensor.numel(), roots[0].record.target.dense_limit
     if size > limit:
         return beyond(size, limit)
-    direct = len(roots) == 1 and roots[0].tensor is tensor
     expect(tensor, roots)
-    rows = Rows.uniform(n, tensor.shape[dim] // n)
-    return AlignedTap.apply(tensor, dim, rows, Sink(roots, direct))
+    rows = Rows.uniform(n, tensor.shape[dim] // max(n, 1))
+    return AlignedTap.apply(tensor, dim, rows, Sink.at(tensor, roots))
 
 
 def lookup_hook(root: Root, ids: Tensor, rows: Rows) -> Any:
     """For the gradient of looked-up rows ``[..., cols]``: ``ids`` as many, in memory's order."""
+    root = root.kept()
 
     def hook(grad: Tensor) -> None:
+        if torch.is_grad_enabled():
+            root.record.differentiated()
+            return
         flat_ids, flat = ids.reshape(-1).long(), grad.reshape(ids.numel(), -1)
         flat = masked(flat_ids, flat, root)
         root.record.add_lookup(rows.ordered(flat_ids), rows.ordered(flat), rows)
@@ -380,8 +404,7 @@ def spread_over(
     else:
         rows = batch.rows_of(owner, torch.Size(owner.shape))
     expect(tensor, roots)
-    direct = len(roots) == 1 and roots[0].tensor is tensor
-    return SharedTap.apply(tensor, full, owned, rows, Sink(roots, direct))
+    return SharedTap.apply(tensor, full, owned, rows, Sink.at(tensor, roots))
 
 
 def _lead_rows(

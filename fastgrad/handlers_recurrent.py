@@ -20,6 +20,7 @@ from fastgrad.handlers_common import (
     watch_sinks,
 )
 from fastgrad.ownership import Mark, mark
+from fastgrad.random_state import random_states, restore
 from fastgrad.records import Batch
 from fastgrad.rows import Rows, wide
 from fastgrad.tap_recurrent import GATES, Steps, Weights, before_gates
@@ -91,7 +92,7 @@ def recurrent(batch: Batch, func: Any, *args: Any, **kwargs: Any) -> Any:
                 return NotImplemented
             states[k] = spread
     _expect(sinks, weights)
-    random = _random_state(x.device) if how.draws else None
+    random = random_states([x]) if how.draws else None
     hx = tuple(states) if kind == "lstm" else states[0]
     if not any(sinks):
         return func(x, hx, weights, *how[2:])
@@ -121,23 +122,10 @@ def _expect(sinks: Sequence[Sink | None], weights: Sequence[Tensor | None]) -> N
             sink.expect_dense(weight)
 
 
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    return getattr(torch, device.type).get_rng_state(device)
-
-
-def _set_random_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        getattr(torch, device.type).set_rng_state(state, device)
-
-
 def _measure(
     how: _Layers,
     n: int,
-    random: Tensor | None,
+    random: dict[torch.device, Tensor] | None,
     sinks: Sequence[Sink | None],
     grads: Sequence[Tensor],
     saved: Sequence[Tensor],
@@ -188,7 +176,7 @@ def _replayed(
     x: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    random: Tensor | None,
+    random: dict[torch.device, Tensor] | None,
     out: Tensor,
 ) -> tuple[list[Tensor] | None, list[Tensor]]:
     """The inputs of all layers and the last one's output, and how dropout scaled the inputs of all
@@ -196,9 +184,9 @@ def _replayed(
     seen, masks = [x], []
     if how.layers == 1:
         return [x, out], []
-    before = _random_state(x.device) if random is not None else None
+    before = random_states([x]) if random is not None else None
     if random is not None:
-        _set_random_state(random, x.device)
+        restore(random)
     try:
         for layer in range(how.layers - (random is None)):
             at = slice(layer * how.directions, (layer + 1) * how.directions)
@@ -213,7 +201,7 @@ def _replayed(
             seen.append(found)
     finally:
         if before is not None:
-            _set_random_state(before, x.device)
+            restore(before)
     if random is None:
         return [*seen, out], []
     distance, scale = (seen[-1] - out).abs().max(), out.abs().max()

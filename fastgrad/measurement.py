@@ -14,12 +14,12 @@ from fastgrad.batches import Reduction, factors
 from fastgrad.blocks import BlockGrid, condensed
 from fastgrad.errors import CoverageError, NonFiniteGradientError
 from fastgrad.recorder import Column, Recorder
-from fastgrad.records import Batch, Target, mismatch
+from fastgrad.records import Batch, Target, mismatch, squares
 from fastgrad.stats import Coverage
 from fastgrad.stats_shards import ShardWriter
 from fastgrad.transfer import Transfer
 from fastgrad_kernels import ops
-from fastgrad_kernels.layout import matrix_view, sum_of_squares
+from fastgrad_kernels.layout import block_sums, matrix_view, sum_of_squares
 
 
 def squared_blocks(grad: Tensor, grid: BlockGrid) -> Tensor:
@@ -27,6 +27,9 @@ def squared_blocks(grad: Tensor, grid: BlockGrid) -> Tensor:
     matrix = matrix_view(grad.detach())
     if grid.is_whole and not grad.is_cuda:
         return sum_of_squares(matrix).view(1)
+    if matrix.is_complex():
+        sums = block_sums(squares(matrix), grid.block_rows, grid.block_cols)
+        return torch.where(torch.isfinite(sums), sums, torch.nan)
     stats = ops.block_stats(matrix, grid.block_rows, grid.block_cols)
     return torch.where(stats[3] > 0, torch.nan, stats[0])
 

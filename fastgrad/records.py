@@ -140,12 +140,14 @@ class ParamRecord:
         shared = self._overlapping(region)
         crossing = len(shared) > 1
         place = self._place(region)
-        if place is None or (crossing and not self._by_terms(region, shared)):
+        by_terms = self._by_terms(region, shared) and not left.is_complex()
+        if place is None or (crossing and not by_terms):
             self.formed.append(factors)
             grad = (wide(left).T @ wide(right)).to(dtype or left.dtype)
         else:
             block_rows, block_cols, blocks = place
-            grad, sq, dots = ops.cross_influence(
+            influence = _complex_influence if left.is_complex() else ops.cross_influence
+            grad, sq, dots = influence(
                 left, right, rows.offsets, block_rows, block_cols, self._directions(region), True,
                 dtype,
             )  # fmt: skip
@@ -217,8 +219,15 @@ class ParamRecord:
             if table.cols != grid.cols:  # a column of numbers: blocks are counted alike
                 block = (grid.block_cols, 1)
                 directions = None if directions is None else directions.transpose(1, 2)
+            values = grad_out
+            if values.is_complex():  # real and imaginary parts side by side
+                values = torch.view_as_real(values.resolve_conj().contiguous()).flatten(1)
+                block = (block[0], 2 * block[1])
+                if directions is not None:
+                    directions = torch.stack([directions, torch.zeros_like(directions)], -1)
+                    directions = directions.flatten(2)
             sq, dots = ops.embedding_influence(
-                ids, grad_out, rows.offsets, table.rows, *block, directions
+                ids, values, rows.offsets, table.rows, *block, directions
             )
             if crossing:
                 group = self.together.setdefault(table, Together())
@@ -305,12 +314,13 @@ class ParamRecord:
         device, table = self.parameter.device, self.table
         tensors = [u.right if isinstance(u, Factors) else u.grad_out for u in formed]
         tensors += [] if self.dense is None else [self.dense]
-        double = any(t.dtype == torch.float64 for t in tensors)
-        dtype = torch.float64 if double else torch.float32
+        dtype = torch.float32
+        for tensor in tensors:
+            dtype = torch.promote_types(dtype, wide_dtype(tensor.dtype))
         scratch = torch.zeros(grid.rows, grid.cols, device=device, dtype=dtype)
-        sq = scratch.new_zeros(grid.n_blocks, n)
+        sq = scratch.real.new_zeros(grid.n_blocks, n)
         directions = self.target.directions
-        dots = scratch.new_zeros(0 if directions is None else directions.shape[0], n)
+        dots = sq.new_zeros(0 if directions is None else directions.shape[0], n)
         parts = [list(use.rows.parts()) for use in formed]
         for j in range(n):
             scratch.zero_()
@@ -324,9 +334,9 @@ class ParamRecord:
                     rows.index_add_(0, use.ids[part], use.grad_out[part].to(dtype))
             if self.dense is not None:
                 scratch += self.dense[j].view_as(scratch)
-            sq[:, j] = block_sums(scratch.square(), grid.block_rows, grid.block_cols)
+            sq[:, j] = block_sums(squares(scratch), grid.block_rows, grid.block_cols)
             if directions is not None:
-                dots[:, j] = (directions.to(dtype) * scratch).sum((1, 2))
+                dots[:, j] = (directions.to(sq.dtype) * scratch.real).sum((1, 2))
         return sq, dots
 
     # -- self-check ----------------------------------------------------------------------
@@ -386,6 +396,32 @@ def squares(tensor: Tensor) -> Tensor:
     if not tensor.is_complex():
         return tensor.square()
     return torch.view_as_real(tensor.resolve_conj()).square().sum(-1)
+
+
+def _complex_influence(
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    block_rows: int,
+    block_cols: int,
+    directions: Tensor | None,
+    want_grad: bool,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`ops.cross_influence` of complex factors, as two products of real ones: of twice as
+    many rows, real and imaginary parts in turn."""
+    re, im = torch.view_as_real(right.resolve_conj()).unbind(-1)
+    both = torch.view_as_real(left.resolve_conj()).movedim(-1, 1).flatten(0, 1)
+
+    def product(first: Tensor, second: Tensor, against: Tensor | None) -> tuple[Tensor, ...]:
+        pairs = torch.stack((first, second), 1).flatten(0, 1)
+        return ops.cross_influence(
+            both, pairs, 2 * offsets, block_rows, block_cols, against, want_grad
+        )
+
+    real, imaginary = product(re, -im, directions), product(im, re, None)
+    grad = torch.complex(real[0], imaginary[0]).to(dtype or left.dtype)
+    return grad, real[1] + imaginary[1], real[2]
 
 
 _DIFFERENTIATED = "its layer's backward pass was itself differentiated (create_graph=True)"

@@ -63,6 +63,8 @@ def region_of(view: Tensor, parameter: Tensor) -> tuple[Region, bool] | None:
     """
     if view.ndim != 2 or 0 in view.shape or view.dtype != parameter.dtype:
         return None
+    if view.is_conj() or view.is_neg():
+        return None
     if not parameter.is_contiguous() or parameter.device.type == "meta":
         return None
     if view.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():

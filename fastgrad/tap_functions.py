@@ -9,12 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgrad.derived import Sink, into_record
 from fastgrad.records import ParamRecord
 from fastgrad.regions import Region
-from fastgrad.rows import Rows
+from fastgrad.rows import Rows, wide, wide_dtype
 from fastgrad_kernels import ops
 
 
@@ -34,10 +33,9 @@ class LinearTap(torch.autograd.Function):
     ) -> Tensor:
         # the weight is needed for the input's gradient alone
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        ctx.made = (_made(weight, weight_sink), _made(bias, bias_sink))
         ctx.transposed, ctx.rows = transposed, rows
         ctx.weight_dtype = weight.dtype
-        ctx.weight_sink, ctx.bias_sink = weight_sink, bias_sink
+        ctx.sinks = _kept(weight_sink, bias_sink)
         if not transposed:
             out = F.linear(x, weight, bias)
         elif bias is not None and x.ndim == 2:
@@ -48,39 +46,47 @@ class LinearTap(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows: Rows = ctx.rows
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_out @ (weight.T if ctx.transposed else weight)
-        x2, g2 = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
+            grad_x = grad_out @ (weight.T if ctx.transposed else weight).conj()
+        # not reshape(-1, ...): without a row that would be ambiguous
+        x2, g2 = (t.flatten(0, -2) if t.ndim > 1 else t[None] for t in (x.conj(), grad_out))
         left, right = (x2, g2) if ctx.transposed else (g2, x2)
+        weight_sink, bias_sink = _measuring(ctx.sinks)
         if ctx.needs_input_grad[1]:
-            if ctx.weight_sink is None:
+            if weight_sink is None:
                 grad_weight = left.T @ right
             else:
-                grad_weight = ctx.weight_sink.product(
-                    ctx.made[0], left, right, rows, ctx.weight_dtype
-                )
+                grad_weight = weight_sink.product(left, right, rows, ctx.weight_dtype)
             grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = _bias(ctx.bias_sink, ctx.made[1], g2, rows)
+            grad_bias = g2.sum(0) if torch.is_grad_enabled() else _bias(bias_sink, g2, rows)
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
-def _made(tensor: Tensor | None, sink: Sink | None) -> Tensor | None:
-    """A tensor whose graph leads to parameters, kept by reference: an activation checkpoint would
-    bring a saved tensor back without its graph."""
-    return None if sink is None or sink.direct or sink.region is not None else tensor
+def _kept(*sinks: Sink | None) -> tuple[Sink | None, ...]:
+    return tuple(None if s is None else s.kept() for s in sinks)
 
 
-def _bias(sink: Sink | None, bias: Tensor | None, grad: Tensor, rows: Rows) -> Tensor:
+def _measuring(sinks: Sequence[Sink | None]) -> Sequence[Sink | None]:
+    """None of them if the backward pass is to be differentiated itself: then the taps compute with
+    functions that autograd knows, and what comes of it will not pass them."""
+    if not torch.is_grad_enabled():
+        return sinks
+    for sink in sinks:
+        if sink is not None:
+            sink.differentiated()
+    return [None] * len(sinks)
+
+
+def _bias(sink: Sink | None, grad: Tensor, rows: Rows) -> Tensor:
     """A bias' gradient from ``grad [rows, features]``."""
     per_example = rows.sums(grad)
     if sink is not None:
-        sink.dense(bias, per_example, grad.dtype)
+        sink.dense(per_example, grad.dtype)
     total = per_example.sum(0).to(grad.dtype)
     return total if rows.rest is None else total + grad[rows.rest].sum(0)
 
@@ -106,10 +112,18 @@ class LayerNormTap(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
+        if torch.is_grad_enabled():
+            for record in ctx.records:
+                if record is not None:
+                    record.differentiated()
+            mask = [bool(ctx.needs_input_grad[i]) for i in (0, 2, 3)]
+            grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+                grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, weight, mask
+            )
+            return grad_x, None, grad_weight, grad_bias, None, None, None, None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.aten.native_layer_norm_backward(
                 grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, None, [True, False, False]
@@ -154,25 +168,28 @@ class GroupedTap(torch.autograd.Function):
         experts: Sequence[tuple[int, int, int, Rows, tuple[Region, bool] | None]],
     ) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
-        ctx.sink, ctx.experts = sink, experts
-        ctx.made = weight if any(place is None for *_, place in experts) else None
+        ctx.sink, ctx.experts = sink.kept(), experts
         return grouped_mm(x, weight, offs=ends)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, ends = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = grouped_mm(grad_out, weight.transpose(1, 2), offs=ends)
-        if ctx.needs_input_grad[1]:
+        sink: Sink = ctx.sink
+        if ctx.needs_input_grad[1] and torch.is_grad_enabled():
+            sink.differentiated()
+            parts = {e: x[a:b].T @ grad_out[a:b] for e, a, b, *_ in ctx.experts}
+            nothing = torch.zeros_like(weight[0])
+            grad_weight = torch.stack([parts.get(e, nothing) for e in range(len(weight))])
+        elif ctx.needs_input_grad[1]:
             # memory as the weight has it: autograd then need not copy to add it up
             grad_weight = torch.zeros_like(weight)
-            sink, each = ctx.sink, None
-            if ctx.made is not None:
-                wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            each = None
+            if any(place is None for *_, place in ctx.experts):
                 n = sink.roots[0].record.batch.n_examples
-                each = weight.new_zeros(n, *weight.shape, dtype=wide)
+                each = weight.new_zeros(n, *weight.shape, dtype=wide_dtype(weight.dtype))
             for e, start, end, rows, place in ctx.experts:
                 left, right = x[start:end], grad_out[start:end]
                 if each is None:
@@ -180,11 +197,11 @@ class GroupedTap(torch.autograd.Function):
                     grad_weight[e] = into_record(record, left, right, rows, dtype, *place)
                     continue
                 grad_weight[e] = left.T @ right
-                left, right = rows.ordered(left).to(wide), rows.ordered(right).to(wide)
+                left, right = wide(rows.ordered(left)), wide(rows.ordered(right))
                 for j, part in enumerate(rows.parts()):
                     each[j, e] = left[part].T @ right[part]
             if each is not None:
-                sink.dense(ctx.made, each, weight.dtype)
+                sink.dense(each, weight.dtype)
         return grad_x, grad_weight, None, None, None
 
 
@@ -210,47 +227,74 @@ class ConvTap(torch.autograd.Function):
         bias_sink: Sink | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.made = (_made(weight, weight_sink), _made(bias, bias_sink))
         ctx.how = (stride, padding, dilation, groups)
-        ctx.n, ctx.sinks = n_examples, (weight_sink, bias_sink)
-        zeros = [0] * len(stride)
-        return torch.convolution(
-            x, weight, bias, list(stride), list(padding), list(dilation), False, zeros, groups
-        )
+        ctx.n, ctx.sinks = n_examples, _kept(weight_sink, bias_sink)
+        return _convolution(x, weight, bias, ctx.how)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
         grad_x = grad_weight = grad_bias = None
+        weight_sink, bias_sink = _measuring(ctx.sinks)
+        if torch.is_grad_enabled():
+            mask = [bool(needed) for needed in ctx.needs_input_grad[:3]]
+            return *_convolution_backward(grad_out, x, weight, ctx.how, mask), *[None] * 7
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.convolution_backward(
-                grad_out, x, weight, None, list(stride), list(padding), list(dilation), False,
-                [0] * len(stride), groups, [True, False, False],
-            )[0]  # fmt: skip
+            mask = [True, False, False]
+            grad_x = _convolution_backward(grad_out, x, weight, ctx.how, mask)[0]
         places = grad_out[0, 0].numel()
         rows = Rows.uniform(ctx.n, grad_out.shape[0] // ctx.n * places)
-        sink = ctx.sinks[0]
         if ctx.needs_input_grad[1]:
-            patches = _patches(x, weight.shape[2:], stride, padding, dilation)
+            patches = _patches(x, weight.shape[2:], stride, padding, dilation).conj()
             if groups == 1:
                 left = grad_out.movedim(1, -1).reshape(-1, weight.shape[0])
                 right = patches.reshape(len(left), -1)
-                if sink is None:
+                if weight_sink is None:
                     grad_weight = left.T @ right
                 else:
-                    grad_weight = sink.product(ctx.made[0], left, right, rows, weight.dtype)
+                    grad_weight = weight_sink.product(left, right, rows, weight.dtype)
                 grad_weight = grad_weight.view(weight.shape)
             else:
                 each = _grouped(grad_out, patches, ctx.n, groups).reshape(ctx.n, *weight.shape)
-                if sink is not None:
-                    sink.dense(ctx.made[0], each, weight.dtype)
+                if weight_sink is not None:
+                    weight_sink.dense(each, weight.dtype)
                 grad_weight = each.sum(0).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             pixels = grad_out.movedim(1, -1).reshape(-1, grad_out.shape[1])
-            grad_bias = _bias(ctx.sinks[1], ctx.made[1], pixels, rows)
+            grad_bias = _bias(bias_sink, pixels, rows)
         return grad_x, grad_weight, grad_bias, *[None] * 7
+
+
+Convolution = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, how: Convolution) -> Tensor:
+    """Stride, padding, dilation and groups: ``how``."""
+    functions: Any = (torch.conv1d, torch.conv2d, torch.conv3d)
+    return functions[weight.ndim - 3](x, weight, bias, *how)
+
+
+def _convolution_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, how: Convolution, mask: list[bool]
+) -> Sequence[Tensor | None]:
+    """Of input, weight and bias those gradients that ``mask`` wants."""
+    if not x.is_complex() and not weight.is_complex():
+        stride, padding, dilation, groups = how
+        return torch.ops.aten.convolution_backward(
+            grad_out, x, weight, weight.shape[:1] if mask[2] else None, list(stride),
+            list(padding), list(dilation), False, [0] * len(stride), groups, mask,
+        )  # fmt: skip
+    # PyTorch makes it of real ones, and has no backward function for it
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        ends = [t.view_as(t) if again and t.requires_grad else t.detach() for t in (x, weight)]
+        ends = [t if t.requires_grad else t.requires_grad_() for t in ends]
+        found = torch.autograd.grad(
+            _convolution(ends[0], ends[1], None, how), ends, grad_out, create_graph=again
+        )
+    bias = grad_out.movedim(1, 0).flatten(1).sum(1)
+    return [g if m else None for g, m in zip((*found, bias), mask, strict=True)]
 
 
 def _patches(
@@ -275,11 +319,10 @@ def _grouped(grad_out: Tensor, patches: Tensor, n: int, groups: int) -> Tensor:
     """Gradient of a grouped convolution for each example, ``[n, out, in / groups * kernel]``."""
     images, out = grad_out.shape[:2]
     nd = grad_out.ndim - 2
-    wide = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
-    g = grad_out.to(wide).reshape(n, images // n, groups, out // groups, -1)
+    g = wide(grad_out).reshape(n, images // n, groups, out // groups, -1)
     g = g.permute(0, 2, 3, 1, 4).reshape(n * groups, out // groups, -1)
     # [images, *places, channels, *kernel] -> [n * groups, images/n * places, channels/groups * k]
-    p = patches.to(wide).flatten(1, nd) if nd else patches.to(wide)
+    p = wide(patches).flatten(1, nd) if nd else wide(patches)
     places, channels = p.shape[1], p.shape[2]
     p = p.reshape(n, images // n, places, groups, channels // groups, -1).flatten(4)
     p = p.permute(0, 3, 1, 2, 4).reshape(n * groups, (images // n) * places, -1)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from fastgrad.derived import Root, may_have_roots, roots_of, set_derived
+from fastgrad.derived import Root, kept_from_checkpoints, may_have_roots, roots_of, set_derived
 from fastgrad.handlers import HANDLERS, ownership
 from fastgrad.one_by_one import one_by_one
 from fastgrad.ownership import marked, tensors_in
@@ -97,7 +97,8 @@ def _general(
             for root in roots:
                 root.record.refuse(reason)
         return out
-    out = func(*args, **kwargs)
+    with kept_from_checkpoints():
+        out = func(*args, **kwargs)
     fresh = [t for t in tensors_in((out,)) if t.requires_grad and batch.lookup(t) is None]
     if not fresh:
         return out

@@ -17,7 +17,7 @@ RANKS: list[set[str]] = [
     {"fastgrad_kernels"},
     {"errors"},
     {"files", "identity", "blocks", "transfer"},
-    {"ownership", "rows", "regions", "probe_arguments", "chain_rule"},
+    {"ownership", "rows", "regions", "probe_arguments", "chain_rule", "random_state"},
     {"ownership_uniform", "cross_terms"},
     {"ownership_explicit"},
     {"propagation"},

@@ -328,7 +328,7 @@ class Hidden(nn.Module):
         self.lin = nn.Linear(6, 6, bias=False)
 
     def forward(self, x):
-        return torch.einsum("bti,io->bto", self.lin(x), self.lin.weight)
+        return torch.cdist(self.lin(x), self.lin.weight)
 
 
 class General(Hidden):
@@ -410,7 +410,7 @@ def test_functions_of_every_kind_are_exact(piece, blocks):
 @pytest.mark.parametrize(
     ("piece", "missing", "reason", "options"),
     [
-        (Hidden, ["piece.lin.weight"], r"torch.functional.einsum.*dense_limit", {"dense_limit": 9}),
+        (Hidden, ["piece.lin.weight"], r"torch.functional.cdist.*dense_limit", {"dense_limit": 9}),
         (Smuggled, ["piece.lin.weight"], "self-check", {}),
     ],
 )
@@ -456,8 +456,7 @@ def test_batch_norm_mixes_examples_unless_it_evaluates():
         with fg.Probe(model, loss_reduction="row_mean") as probe:
             model(images).square().mean().backward()
         stats = probe.stats()
-        own = [n for n, c in stats.coverage.items() if c.status == "missing"]
-        assert own == (["1.weight", "1.bias"] if training else [])
+        assert "missing" not in {c.status for c in stats.coverage.values()}
         if training:
             with pytest.raises(StatsError, match="batch_norm"):
                 stats.influence("example_mean")

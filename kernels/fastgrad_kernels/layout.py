@@ -128,6 +128,8 @@ def chunk_norms(flat: Tensor, out: Tensor) -> None:
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """Sum of squares of all elements, a float64 scalar; see :func:`chunk_norms`."""
     x = tensor.detach()
+    if x.is_complex():  # of the magnitudes
+        x = torch.view_as_real(x.resolve_conj()).flatten()
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if x.numel() <= NORM_CHUNK:
         return torch.linalg.vector_norm(x).double().square()
