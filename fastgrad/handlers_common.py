@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.derived import Sink
-from fastgrad.ownership import NOBODY, Mark, marked
+from fastgrad.ownership import NOBODY, Mark, foreign, marked
 from fastgrad.records import Batch
 from fastgrad.rows import Rows, wide_dtype
 
@@ -24,6 +24,8 @@ def ownership(x: Tensor, batch: Batch) -> Mark:
     """
     n = batch.n_examples
     found = marked(x, batch.index)
+    if found is None and foreign(x, batch.index) is not None:
+        return NOBODY  # another forward pass made it, whose examples are not these
     if found is None and x._base is not None:
         found = _mark_of_base(x, batch)
     plausible = x.requires_grad and not isinstance(x, torch.nn.Parameter) and x.ndim > 0

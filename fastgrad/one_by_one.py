@@ -8,7 +8,6 @@ the backward pass it is called for single examples again, with gradients of thei
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +18,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastgrad.derived import Sink, beyond, expanded_size, expect, roots_of, spread_over
 from fastgrad.handlers_common import ownership
-from fastgrad.ownership import Mark
+from fastgrad.ownership import Mark, mark
 from fastgrad.random_state import random_states, restore
 from fastgrad.records import Batch
 from fastgrad.tap_watch import Sinks, give, refuse_late, watched
+from fastgrad.trials import each, in_turn, joined, split
 
 _NO_BACK = "it cannot be differentiated for one example alone"
 _APART = "its results for single examples do not make up its result for the batch"
@@ -69,7 +69,7 @@ class _Single(NamedTuple):
         """Of all examples, ``[n, ...]``; None if it does not take one example alone."""
         apart, shared = self.parts(tensors)
         with torch.no_grad():
-            return _each(lambda *one: self.call(one, shared), apart)
+            return each(lambda *one: self.call(one, shared), apart)
 
     def gradients(
         self, tensors: Sequence[Tensor], chosen: Sequence[int], grads: Sequence[Tensor]
@@ -107,20 +107,15 @@ class _Single(NamedTuple):
             return list(got)
 
         # Under autocast torch.func may differentiate fused functions without their casts.
-        found = None if self.autocast[1] else _each(one, [*apart, *grads])
+        found = None if self.autocast[1] else each(one, [*apart, *grads])
         if found is None:
-            found = _in_turn(plainly, [*apart, *grads])
+            found = in_turn(plainly, [*apart, *grads])
         if found is None:
             return None
         for k, i in enumerate(self.own):
             if i in self.places:
                 found[k] = _put_back(found[k], self.places[i])
         return found
-
-
-def split(tensor: Tensor, dim: int, n: int) -> Tensor:
-    """``[n, ...]``: what is each example's along a dimension."""
-    return tensor.unflatten(dim, (n, -1)).movedim(dim, 0)
 
 
 def _put_back(each: Tensor, dim: int) -> Tensor:
@@ -132,26 +127,6 @@ def _put_back(each: Tensor, dim: int) -> Tensor:
     for j in range(n):
         whole[j].narrow(dim, j * size, size).copy_(each[j])
     return whole
-
-
-def _each(one: Callable[..., list[Tensor]], given: Sequence[Tensor]) -> list[Tensor] | None:
-    """``one`` of each example at once, or one after the other if it cannot be done at once."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that PyTorch goes through some of them one by one itself
-        try:
-            return list(torch.vmap(one)(*given))
-        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
-            pass
-        return _in_turn(one, given)
-
-
-def _in_turn(one: Callable[..., list[Tensor]], given: Sequence[Tensor]) -> list[Tensor] | None:
-    """``one`` of each example, one after the other."""
-    try:
-        found = [one(*(t[j] for t in given)) for j in range(len(given[0]))]
-    except (RuntimeError, ValueError, IndexError):
-        return None
-    return [torch.stack(column) for column in zip(*found, strict=True)]
 
 
 def one_by_one(
@@ -250,7 +225,8 @@ def _watched(
         parts = [split(g, dims[k], single.n) for k, g in zip(chosen, grads, strict=True)]
         found = single.gradients(saved, chosen, parts)
         if found is None:
-            refuse_late(sinks, f"used by {resolve_name(func) or func}, which has no tap: {_NO_BACK}")
+            name = resolve_name(func) or func
+            refuse_late(sinks, f"used by {name}, which has no tap: {_NO_BACK}")
             return []
         return [give(s, f, grads[0].dtype) for s, f in zip(sinks, found, strict=True)]
 
@@ -262,6 +238,9 @@ def _watched(
     places_of = [i for i, t in enumerate(flat) if isinstance(t, Tensor)]
     for k, out in zip(chosen, outs, strict=True):
         flat[places_of[k]] = out
+    if how:  # as the trial with single examples has shown
+        for i, dim in zip(places_of, how[0][1], strict=True):
+            mark(flat[i], batch.index, Mark(dim))
     return tree_unflatten(flat, out_spec)
 
 
@@ -300,7 +279,7 @@ def _single(
         if results is None:
             reason = "it does not take one example alone"
             continue
-        dims = [_joined(r, o) for r, o in zip(results, outs, strict=False)]
+        dims = [joined(r, o) for r, o in zip(results, outs, strict=False)]
         if len(results) == len(outs) and None not in dims:
             return single, [d for d in dims if d is not None]
         reason = _APART
@@ -358,27 +337,3 @@ def _expanded(
             return spread
         new[i] = spread
     return left, new
-
-
-def _joined(each: Tensor, full: Tensor) -> int | None:
-    """The dimension along which results ``[n, ...]`` of single examples make up that of all."""
-    if each.ndim != full.ndim + 1:
-        return None
-    for d in range(full.ndim):
-        if each.shape[0] * each.shape[d + 1] == full.shape[d]:
-            joined = each.movedim(0, d).flatten(d, d + 1)
-            if joined.shape == full.shape and _equal(joined, full):
-                return d
-    return None
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """The same but for rounding: functions choose other algorithms for other sizes."""
-    if not b.is_floating_point():
-        return torch.equal(a, b)
-    allowed = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-8}.get(b.dtype, 1e-4)
-    finite = torch.isfinite(b)
-    if not torch.equal(finite, torch.isfinite(a)):
-        return False
-    a, b = a[finite].double(), b[finite].double()
-    return not b.numel() or bool((a - b).abs().max() <= allowed * b.abs().max())

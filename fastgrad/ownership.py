@@ -9,13 +9,14 @@ way round. So each tensor that a probed forward pass makes carries a mark:
   the dimension says nothing. Packed rows begin so, and rows that a router picks by index;
 * *nobody*: known to have no example dimension.
 
-Functions that move dimensions or pick rows are known by name; all others keep the position if
-the size there is unchanged. Where the mark is lost (a function that PyTorch does not announce),
-a size decides only if no other dimension of the batch has it.
+Functions that PyTorch offers are known by name; any other is tried with single examples
+(:mod:`fastgrad.trials`). Where the mark is lost (a function that PyTorch does not announce), a size
+decides only if no other dimension of the batch has it.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -34,6 +35,12 @@ class Mark(NamedTuple):
     dim: int
     owner: Tensor | None = None
     batch: int = 0  # number of the forward pass; the mark of another one says nothing
+    live: bool = False  # depends on parameters, although no gradient flows through it any more
+    blank: bool = False  # a constant in the shape of what belongs to examples: a hint, no more
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Saved with a tensor, a mark is nothing: files stay free of this library's classes."""
+        return OrderedDict, ()
 
     @property
     def many(self) -> bool:
@@ -58,22 +65,34 @@ MANY = Mark(_MANY)
 
 
 @lru_cache(maxsize=64)
-def _stamped(dim: int, batch: int) -> Mark:
+def _stamped(dim: int, batch: int, live: bool, blank: bool) -> Mark:
     """One object for all tensors that say the same: hundreds of small ones in each forward pass
     would keep Python's garbage collector busy."""
-    return Mark(dim, None, batch)
+    return Mark(dim, None, batch, live, blank)
 
 
 def mark(tensor: Tensor, batch: int, found: Mark) -> None:
     if found.batch != batch:
-        found = _stamped(found.dim, batch) if found.owner is None else found._replace(batch=batch)
+        if found.owner is None:
+            found = _stamped(found.dim, batch, found.live, found.blank)
+        else:
+            found = found._replace(batch=batch)
     tensor._fastgrad_examples = found  # type: ignore[attr-defined]
 
 
 def marked(tensor: Tensor, batch: int) -> Mark | None:
     """What is known of a tensor; None if nothing is."""
-    found: Mark | None = getattr(tensor, "_fastgrad_examples", None)
-    return found if found is not None and found.batch == batch else None
+    found = getattr(tensor, "_fastgrad_examples", None)
+    return found if type(found) is Mark and found.batch == batch else None
+
+
+def foreign(tensor: Tensor, batch: int) -> Mark | None:
+    """What another forward pass knew of a tensor through which gradients flow. Others may be
+    kept by a model for long, as tables of rotations are: of them it says nothing."""
+    if not tensor.requires_grad:
+        return None
+    found = getattr(tensor, "_fastgrad_examples", None)
+    return found if type(found) is Mark and found.batch != batch else None
 
 
 def carry(module: torch.nn.Module, args: Any, output: Any, batch: int) -> None:

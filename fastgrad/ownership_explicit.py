@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrad.function_kinds import MIXERS, along
 from fastgrad.ownership import NOBODY, NONE, Mark, functions, tensors_in
-from fastgrad.ownership_uniform import LOOKUPS, MADE, PRODUCTS, reduced
+from fastgrad.ownership_uniform import LOOKUPS, MADE, PRODUCTS
 
 _VIEWS = functions(
     "transpose", "swapaxes", "swapdims", "permute", "t", "adjoint", "movedim", "moveaxis",
     "unsqueeze", "squeeze", "select", "narrow", "chunk", "split", "tensor_split", "unbind",
     "flatten", "unflatten", "view", "reshape", "view_as", "expand", "expand_as", "broadcast_to",
-    "diagonal", "__iter__",
+    "diagonal", "__iter__", "flipud", "fliplr", "rot90", "tile", "repeat", "gather",
+    "take_along_dim", "split_with_sizes", "take", "masked_select",
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}  # fmt: skip
 _RESHAPED = functions("view", "reshape", "view_as", "flatten", "unflatten")
 _GETITEM = functions("__getitem__")
@@ -23,9 +25,12 @@ _ROLL = functions("roll")
 _ROLLS = functions("flip") | _ROLL
 _REPEATS = functions("repeat_interleave")
 _INDEX_SELECT = functions("index_select")
+_MOVERS = functions("gather", "take_along_dim", "flipud", "rot90", "take", "masked_select")
 _CAT = functions("cat", "concat", "concatenate")
 _STACKS = functions("stack")
 _SORTS = functions("sort", "argsort")
+_ATTENTION = functions("scaled_dot_product_attention")
+_OVER_FEATURES = functions("layer_norm", "rms_norm")
 PICKS = (
     _VIEWS | _GETITEM | _ROLLS | _REPEATS | _INDEX_SELECT | _CAT | _STACKS | _SORTS
 )  # what may turn a uniform mark into an explicit one
@@ -50,8 +55,8 @@ def explicit(
             results = list(tensors_in((_moved(func, x, own, args, kwargs),)))
         except (RuntimeError, IndexError, TypeError, ValueError):
             return []
-        by_index = func in _GETITEM | _INDEX_SELECT
-        settle = partial(_settled, n=n) if by_index else partial(Mark, NONE)
+        by_index = func in _GETITEM | _INDEX_SELECT | _MOVERS
+        settle = partial(settled, n=n) if by_index else partial(Mark, NONE)
         return [
             m if _checked((m := settle(_folded(r))).explicit(o, n), o).owned else NOBODY
             for r, o in zip(results, outs, strict=False)
@@ -76,10 +81,10 @@ def _through_sort(
     if owner is None or x.ndim != 1:
         moved = owner is not None and owner.shape[along] == 1
         return [Mark(NONE, owner) if moved else NOBODY for _ in outs]
-    return [_settled(owner.expand(x.shape)[outs[-1]], n) for _ in outs]
+    return [settled(owner.expand(x.shape)[outs[-1]], n) for _ in outs]
 
 
-def _settled(owner: Tensor, n: int) -> Mark:
+def settled(owner: Tensor, n: int) -> Mark:
     """The simplest mark that says the same. Looks at the owners: for what was picked by index."""
     for d in range(owner.ndim):
         if owner.shape[d] > 1 and bool((owner == owner.narrow(d, 0, 1)).all()):
@@ -210,18 +215,52 @@ def _combined(
         owner = _through(func, args, kwargs, x, owners[id(x)], out)
         if owner is not None:
             found.append((owner, m))
+        elif func not in PRODUCTS | _ATTENTION:
+            return NOBODY
     if not found:
         return NOBODY
     if func in PRODUCTS:  # the rows of the first factor are the rows of the result
         return _checked(found[0][0], out)
-    if not all_same([o for o, _ in found]):
+    together = merged([o for o, _ in found])
+    if together is None:
         return NOBODY
     for owner, m in found:
         if m.owner is None:  # a uniform mark says the same at less cost
             dims = [d for d in range(owner.ndim) if owner.shape[d] > 1]
             if len(dims) == 1 and out.shape[dims[0]] == owner.shape[dims[0]]:
                 return Mark(dims[0])
-    return _checked(found[0][0], out)
+    return _checked(together, out)
+
+
+def _apart(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, owner: Tensor
+) -> bool:
+    """Whether a layer that works along some dimensions leaves alone those that tell examples
+    apart. Attention is trusted: its mask keeps packed examples apart, if anything does."""
+    varying = [d for d in range(owner.ndim) if owner.shape[d] > 1]
+    if func in _ATTENTION:
+        return all(d < x.ndim - 1 for d in varying)
+    if func in _OVER_FEATURES:
+        shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", ())
+        count = 1 if isinstance(shape, int) else len(shape)
+        return all(d < x.ndim - count for d in varying)
+    return varying == [0]
+
+
+def merged(owners: list[Tensor]) -> Tensor | None:
+    """What owners say together, if they do not contradict each other: what is nobody's is a
+    constant, for instance a row that no expert has written to."""
+    if all_same(owners):
+        return owners[0]
+    try:
+        found, *others = torch.broadcast_tensors(*owners)
+    except RuntimeError:
+        return None
+    for other in others:
+        if bool(((found != other) & (found != NONE) & (other != NONE)).any()):
+            return None
+        found = torch.where(found == NONE, other, found)
+    return found
 
 
 def _through(
@@ -237,16 +276,16 @@ def _through(
         if owner.shape[contracted] > 1:
             return None
         return owner.view([1] * (out.ndim - owner.ndim) + list(owner.shape))
-    if out.ndim < x.ndim:
-        gone = reduced(args, kwargs, x)
-        if gone is None:
-            return None
-        for d in sorted(gone, reverse=True):
+    over = along(func, args, kwargs, x)
+    if over is not None:
+        for d in sorted(over, reverse=True):
             first = owner.narrow(d, 0, 1)
             if owner.shape[d] > 1 and not bool((owner == first).all()):
                 return None
-            owner = first.squeeze(d)
+            owner = first if out.ndim >= x.ndim else first.squeeze(d)
         return owner
+    if out.ndim < x.ndim or (func in MIXERS and not _apart(func, args, kwargs, x, owner)):
+        return None
     owner = owner.view([1] * (out.ndim - owner.ndim) + list(owner.shape))
     fits = all(a in (1, b) for a, b in zip(owner.shape, out.shape, strict=True))
     return owner if fits else None

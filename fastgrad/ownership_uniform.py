@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrad.function_kinds import ALONG, CLASSES, LOSSES, REDUCE, along, is_pointwise
 from fastgrad.ownership import MANY, NONE, Mark, functions, tensors_in
+
+UNLISTED = -3  # the function is not known here
 
 
 def uniform(
@@ -19,26 +22,41 @@ def uniform(
     out: Tensor,
     n: int,
 ) -> int:
+    """``NONE`` if the output has no dimension that tells examples apart, ``MANY.dim`` if examples
+    meet other examples, :data:`UNLISTED` if the function has to be tried."""
+    places = [(x, m.dim) for x, m in known if m.dim >= 0]
+    if not places:
+        return NONE
     rule = _RULES.get(func)
-    places = [(x, m.dim if m.dim >= 0 else NONE) for x, m in known]
     if rule is not None:
         x, dim = places[0]
-        return rule(x, dim, *args[1:], **kwargs) if dim != NONE else NONE
+        return rule(x, dim, *args[1:], **kwargs)
     if func is torch.einsum:
         return _einsum(args, places)
-    if func in PRODUCTS:
-        return _product(args, places, out)
-    found = {_kept(func, args, kwargs, x, d, out, n) for x, d in places if d != NONE}
-    found.discard(NONE)
-    return _only(found)
+    if is_pointwise(func, args):
+        return _only({aligned(x, d, out) for x, d in places})
+    if func in _EACH:
+        each = _EACH[func]
+        if len(args) > 1 and isinstance(args[0], Tensor) and args[0] is args[1]:
+            again = args[0].detach()  # the rules tell arguments apart by what they are
+            args = (args[0], again, *args[2:])
+            places += [(again, d) for x, d in places if x is args[0]][:1]
+        return _only({each(func, args, kwargs, x, d, out) for x, d in places})
+    if func in RESHAPES or func in MADE:
+        return _only({_kept(func, x, d, out, n) for x, d in places})
+    return UNLISTED
 
 
 def _only(found: set[int]) -> int:
     """The one position that all inputs agree on; ``MANY.dim`` if examples meet other examples."""
-    places = found - {NONE}
-    if len(places) > 1:
-        return MANY.dim
-    return found.pop() if len(found) == 1 else NONE
+    return found.pop() if len(found) == 1 else MANY.dim
+
+
+def aligned(x: Tensor, dim: int, out: Tensor) -> int:
+    """Broadcasting aligns dimensions from the right."""
+    position = dim + out.ndim - x.ndim
+    same = 0 <= position < out.ndim and out.shape[position] == x.shape[dim]
+    return position if same else NONE
 
 
 def _swap(x: Tensor, dim: int, a: int, b: int) -> int:
@@ -81,17 +99,6 @@ def _lost(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
     return NONE
 
 
-def _gather(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
-    along = args[0] if args else kw.get("dim", 0)
-    return dim if isinstance(along, int) and along % x.ndim != dim else NONE
-
-
-def _sorted(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
-    """Position if another dimension is sorted."""
-    along = kw.get("dim", next((a for a in args if type(a) is int), -1))
-    return dim if along % x.ndim != dim else NONE
-
-
 def _select(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
     """One index of a dimension is taken, or each by itself: that dimension goes."""
     along = args[0] if args else kw.get("dim", 0)
@@ -118,28 +125,28 @@ def _repeat(x: Tensor, dim: int, /, repeats: Any, along: Any = None, **kw: Any) 
     return dim if along % x.ndim != dim or (dim == 0 and isinstance(repeats, int)) else NONE
 
 
-def _stack(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
-    at = args[0] if args else kw.get("dim", 0)
-    return dim + 1 if at % (x.ndim + 1) <= dim else dim
+def _moved(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
+    sizes = torch.empty([d + 2 for d in range(x.ndim)], device="meta")  # no two alike
+    return list(torch.movedim(sizes, *args, **kw).shape).index(dim + 2)
 
 
 def _table() -> dict[Any, Callable[..., int]]:
     rules: dict[Callable[..., int], tuple[str, ...]] = {
-        _transpose: ("transpose", "swapaxes", "swapdims", "transpose_"),
+        _transpose: ("transpose", "swapaxes", "swapdims", "transpose_", "swapaxes_", "swapdims_"),
         _permute: ("permute",),
-        _reverse: ("t", "adjoint"),
+        _reverse: ("t", "t_"),
+        _swap_last: ("adjoint",),
         _index: ("__getitem__",),
-        _gather: ("gather", "index_select", "take_along_dim", "scatter",
-                  "scatter_add", "index_add"),
         _flip: ("flip",),
         _roll: ("roll",),
         _select: ("select", "unbind"),
         _repeat: ("repeat_interleave",),
-        _stack: ("stack",),
-        _lost: ("take", "movedim", "moveaxis", "masked_select", "nonzero", "tile", "vstack",
-                "broadcasttensors_in", "tensordot", "outer", "cdist", "__iter__", "unique",
-                "unique_consecutive", "bincount", "histc"),
-        _sorted: ("sort", "argsort", "topk", "msort"),
+        _moved: ("movedim", "moveaxis"),
+        _lost: ("take", "masked_select", "nonzero", "tile", "vstack",
+                "hstack", "dstack", "column_stack", "rot90", "flipud", "fliplr", "block_diag",
+                "tensordot", "__iter__", "unique", "unique_consecutive", "bincount", "histc",
+                "msort", "as_strided", "broadcast_tensors", "diagonal", "diag", "diag_embed",
+                "trace"),
     }  # fmt: skip
     table: dict[Any, Callable[..., int]] = {}
     for rule, names in rules.items():
@@ -152,41 +159,22 @@ def _table() -> dict[Any, Callable[..., int]]:
 
 
 _RULES = _table()
-RESHAPES = functions("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
+RESHAPES = functions("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as",
+                     "reshape_as", "atleast_1d", "atleast_2d", "atleast_3d")  # fmt: skip
 LOOKUPS = functions("embedding", "one_hot")  # new dimensions come behind
-PRODUCTS = functions("matmul", "mm", "bmm", "__matmul__", "__rmatmul__")
-MADE = functions("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
-# all that have rules here
-BY_RULE = {*_RULES, torch.einsum} | RESHAPES | LOOKUPS | PRODUCTS | MADE
+PRODUCTS = functions("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "mv", "dot", "vdot",
+                     "grouped_mm", "_grouped_mm")  # fmt: skip
+MADE = functions("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like",
+                 "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+                 "randint_like")  # fmt: skip
 
 
-def _kept(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor,
-    n: int,
-) -> int:  # fmt: skip
-    """Position after a function without a rule of its own."""
+def _kept(func: Any, x: Tensor, dim: int, out: Tensor, n: int) -> int:
     if func in RESHAPES:
         # The leading dimension counts examples, or examples times rows of each.
         whole = out.ndim > 0 and out.numel() == x.numel() and out.shape[0] % n == 0
         return 0 if dim == 0 and whole else NONE
-    if func in MADE:
-        return dim if out.shape == x.shape else NONE
-    if out.ndim < x.ndim:  # a reduction: over which dimensions?
-        gone = reduced(args, kwargs, x)
-        return NONE if gone is None or dim in gone else dim - sum(d < dim for d in gone)
-    # broadcasting aligns dimensions from the right
-    position = dim if func in LOOKUPS else dim + out.ndim - x.ndim
-    same = position < out.ndim and out.shape[position] == x.shape[dim]
-    return position if same else NONE
-
-
-def reduced(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> set[int] | None:
-    """The dimensions that a reduction takes away, None if they cannot be read."""
-    over = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    over = (over,) if isinstance(over, int) else over
-    if not isinstance(over, list | tuple) or not all(isinstance(d, int) for d in over):
-        return None
-    return {d % x.ndim for d in over}
+    return dim if out.shape == x.shape else NONE
 
 
 def _einsum(args: tuple[Any, ...], known: list[tuple[Tensor, int]]) -> int:
@@ -197,19 +185,226 @@ def _einsum(args: tuple[Any, ...], known: list[tuple[Tensor, int]]) -> int:
     found = set()
     for term, operand in zip(left.split(","), list(tensors_in(operands)), strict=True):
         for x, dim in known:
-            if x is operand and dim != NONE:
+            if x is operand:
                 found.add(right.find(term[dim]))
     return _only(found)
 
 
-def _product(args: tuple[Any, ...], known: list[tuple[Tensor, int]], out: Tensor) -> int:
+# -- functions of several tensors: where each one's position goes -----------------------------
+
+Each = Callable[[Any, tuple[Any, ...], dict[str, Any], Tensor, int, Tensor], int]
+
+
+def _place(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, *names: str) -> int:
+    """Which argument a tensor is, by position or by the names of the first ones."""
+    for i, name in enumerate(names):
+        if (args[i] if i < len(args) else kwargs.get(name)) is x:
+            return i
+    return -1
+
+
+def _product(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
     """Matrix products contract the last dimension of the first factor with the last but one of
     the second; all others stay, aligned from the right."""
-    found = set()
-    for x, dim in known:
-        if dim == NONE:
-            continue
-        first = len(args) > 0 and args[0] is x
-        contracted = x.ndim - 1 if first else max(x.ndim - 2, 0)
-        found.add(NONE if dim == contracted else dim + out.ndim - x.ndim)
-    return _only(found)
+    if len(args) > 0 and args[0] is x:
+        if dim == x.ndim - 1:
+            return NONE
+        return dim if len(args) > 1 and args[1].ndim == 1 else dim + out.ndim - x.ndim
+    return NONE if dim == max(x.ndim - 2, 0) else dim + out.ndim - x.ndim
+
+
+def _sum_of_products(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    if args and args[0] is x:
+        return aligned(x, dim, out)
+    if func in _ADDS_BATCH:  # over which it sums
+        return NONE if dim == 0 else _product(func, args[1:], kwargs, x, dim, out)
+    return _product(func, args[1:], kwargs, x, dim, out)
+
+
+def _linear(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    place = _place(args, kwargs, x, "input", "weight", "bias")
+    if place == 0:
+        return dim if dim < x.ndim - 1 else NONE
+    return out.ndim - 1 if place > 0 and dim == 0 else NONE
+
+
+def _bilinear(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    place = _place(args, kwargs, x, "input1", "input2")
+    return dim if place >= 0 and dim < x.ndim - 1 else NONE
+
+
+def _lookup(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    return dim if args and args[0] is x else NONE  # rows of an activation are picked
+
+
+def _outer(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    return 0 if args and args[0] is x else 1
+
+
+def _inner(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    if dim == x.ndim - 1:
+        return NONE
+    return dim if args and args[0] is x else dim + args[0].ndim - 1
+
+
+def _distances(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    if dim == x.ndim - 1:
+        return NONE
+    second = dim == x.ndim - 2 and _place(args, kwargs, x, "x1", "x2") == 1
+    return out.ndim - 1 if second else dim + out.ndim - x.ndim
+
+
+def _over_features(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", ())
+    count = 1 if isinstance(shape, int) else len(shape)
+    return dim if dim < x.ndim - count else NONE
+
+
+def _leading(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    """Layers for images: examples lead."""
+    same = dim == 0 and out.ndim == x.ndim and out.shape[0] == x.shape[0]
+    return 0 if same else NONE
+
+
+def _pool(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    """Channels and examples stay apart; the last one to three dimensions are pooled."""
+    digits = [c for c in getattr(func, "__name__", "") if c.isdigit()]
+    return dim if digits and dim < x.ndim - int(digits[-1]) else _leading(
+        func, args, kwargs, x, dim, out
+    )  # fmt: skip
+
+
+def _convolution(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    first = _place(args, kwargs, x, "input", "weight") == 0
+    return 0 if first and dim == 0 and x.ndim == out.ndim and x.shape[0] == out.shape[0] else NONE
+
+
+def _joined(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    if func in _STACKS:
+        return dim + 1 if at % out.ndim <= dim else dim
+    return dim if at % out.ndim != dim else NONE
+
+
+def _divided(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    place = 1 if func in _NARROW else 2
+    at = args[place] if len(args) > place else kwargs.get("dim", 0)
+    return dim if isinstance(at, int) and at % x.ndim != dim else NONE
+
+
+def _expanded(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    return aligned(x, dim, out)
+
+
+def _indexed(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    """Rows are picked along one dimension; all others stay."""
+    at = args[1] if len(args) > 1 else kwargs.get("dim")
+    if not isinstance(at, int) or x.ndim != out.ndim or dim == at % x.ndim:
+        return NONE
+    return dim if out.shape[dim] == x.shape[dim] else NONE
+
+
+def _pad(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    widths = list(args[1] if len(args) > 1 else kwargs.get("pad", ()))
+    at = 2 * (x.ndim - 1 - dim)
+    return NONE if any(widths[at : at + 2]) else dim
+
+
+def _attention(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    place = aligned(x, dim, out)
+    return place if 0 <= place < out.ndim - 2 else MANY.dim
+
+
+def _along(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    over = along(func, args, kwargs, x)
+    if over is None or dim in over:
+        return NONE
+    if out.ndim >= x.ndim:  # at least as many dimensions: it keeps them all
+        return dim
+    return dim - sum(d < dim for d in over)
+
+
+def _loss(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    if out.ndim == 0 or (func in CLASSES and dim == 1 and out.ndim < x.ndim):
+        return NONE
+    dropped = func in CLASSES and out.ndim < x.ndim and dim > 1
+    place = dim - 1 if dropped else dim
+    return place if place < out.ndim and out.shape[place] == x.shape[dim] else NONE
+
+
+def _each() -> dict[Any, Each]:
+    rules: dict[Each, tuple[str, ...]] = {
+        _product: ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "mv", "dot", "vdot",
+                   "grouped_mm", "_grouped_mm"),
+        _sum_of_products: ("addmm", "addmv", "baddbmm", "addbmm"),
+        _linear: ("linear",),
+        _bilinear: ("bilinear",),
+        _lookup: ("embedding", "one_hot"),
+        _outer: ("outer", "ger"),
+        _inner: ("inner",),
+        _distances: ("cdist",),
+        _over_features: ("layer_norm", "rms_norm"),
+        _leading: ("group_norm", "instance_norm", "batch_norm", "interpolate", "upsample",
+                   "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sample",
+                   "affine_grid", "fold", "local_response_norm", "multinomial"),
+        _pool: tuple(f"{kind}_pool{d}d" for d in (1, 2, 3) for kind in (
+            "max", "avg", "lp", "adaptive_avg", "adaptive_max")),
+        _convolution: tuple(f"conv{t}{d}d" for d in (1, 2, 3) for t in ("", "_transpose")),
+        _pad: ("pad",),
+        _joined: ("cat", "concat", "concatenate", "stack"),
+        _divided: ("chunk", "split", "tensor_split", "split_with_sizes", "narrow", "unsafe_chunk",
+                   "unsafe_split"),
+        _expanded: ("expand", "expand_as", "broadcast_to", "repeat"),
+        _indexed: ("gather", "take_along_dim", "index_select"),
+        _attention: ("scaled_dot_product_attention",),
+    }  # fmt: skip
+    table: dict[Any, Each] = {f: rule for rule, names in rules.items() for f in functions(*names)}
+    table |= dict.fromkeys((*ALONG, *REDUCE), _along)
+    table |= dict.fromkeys(LOSSES, _loss)
+    return table
+
+
+_ADDS_BATCH, _STACKS, _NARROW = functions("addbmm"), functions("stack"), functions("narrow")
+_EACH = _each()
+# all that have rules here
+BY_RULE = {*_RULES, *_EACH, torch.einsum} | RESHAPES | MADE

@@ -7,13 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.ownership import MANY, NOBODY, NONE, Mark, functions, mark, marked, tensors_in
-from fastgrad.ownership_explicit import PICKS, all_same, explicit, picked
-from fastgrad.ownership_uniform import BY_RULE, uniform
-
-_WRITES = {Tensor.index_add_, Tensor.__setitem__, Tensor.index_copy_, Tensor.index_put_}
-_INDEX_ADD = functions("index_add", "index_add_")
-_WRITES |= _INDEX_ADD
+from fastgrad.function_kinds import (
+    DETACHES,
+    LINEAR,
+    MIXERS,
+    POINTWISE,
+    PRODUCTS_OF_TWO,
+    RANKS,
+    along,
+    is_pointwise,
+)
+from fastgrad.ownership import (
+    MANY,
+    NOBODY,
+    NONE,
+    Mark,
+    foreign,
+    functions,
+    mark,
+    marked,
+    tensors_in,
+)
+from fastgrad.ownership_explicit import PICKS, explicit
+from fastgrad.ownership_uniform import BY_RULE, MADE, UNLISTED, uniform
+from fastgrad.ownership_written import WRITES, target_of, written
+from fastgrad.trials import tried
 
 
 def propagate(
@@ -27,68 +45,57 @@ def propagate(
 ) -> bool:
     """Mark the output of ``func(*args, **kwargs)`` in a batch of ``n`` examples.
 
-    True if activations of different examples were mixed: one example's loss then depends on the
-    others, and its gradient in the batch is not that which it would have alone. ``tensors``: those
-    among the arguments, if the caller knows them.
+    True if activations of different examples were mixed, or may have been: one example's loss then
+    depends on the others, and its gradient in the batch is not that which it would have alone.
+    ``tensors``: those among the arguments, if the caller knows them.
     """
     if tensors is None:
         tensors = tensors_in((*args, *kwargs.values()))
     known = [(t, m) for t in tensors if (m := marked(t, batch)) is not None]
-    if known and isinstance(out, Tensor) and func not in _SPECIAL:  # nearly all functions
+    if known and func in _SIMPLE and isinstance(out, Tensor):  # nearly all functions
         x, first = known[0]
         same = first.dim >= 0 and out.ndim == x.ndim and out.shape[first.dim] == x.shape[first.dim]
         if same and all(m is first and t.ndim == x.ndim for t, m in known[1:]):
             if not any(out is t for t in tensors):
                 mark(out, batch, first)
             return False
-    if func in _WRITES:
-        _written(func, args, kwargs, known, out, batch, n)
-        return False
+    known += [(t, m) for t in tensors if (m := foreign(t, batch)) is not None]
     if not known:
         return False
-    outs = [t for t in tensors_in((out,)) if not any(t is k for k, _ in known)]
-    owned = [(t, m) for t, m in known if m.owned]
-    many = any(m.many and t.requires_grad for t, m in known)
-    mixing = n > 1 and bool(owned) and (many or (func in _NORMS and _of_batch(func, args, kwargs)))
-    if not outs:
-        return mixing  # in place, or handed through: it keeps its mark
-    if not owned:
-        for tensor in outs:
-            mark(tensor, batch, MANY if many else NOBODY)
+    if func in WRITES:
+        found, mixed = written(func, args, kwargs, known, n)
+        if found is not None:
+            mark(target_of(func, args, out), batch, found)
+        return mixed and n > 1
+    if func in MADE:
+        _made(func, args, kwargs, known, out, batch, n)
         return False
-    simple = all(m.owner is None for _, m in known)
-    left = []
-    for i, tensor in enumerate(outs):
-        dim = uniform(func, args, kwargs, known, tensor, n) if simple else NONE
-        if dim < 0:
-            left.append((i, tensor))
-            if dim == MANY.dim and n > 1:
-                mixing = True
-        mark(tensor, batch, Mark(dim) if dim >= 0 else _unowned(tensor, owned))
-    if left and (not simple or func in PICKS):
-        found = explicit(func, args, kwargs, known, outs, n)
-        for i, tensor in left:
-            new = found[i] if i < len(found) else None
-            if new is not None:
-                mark(tensor, batch, new if new.owned else _unowned(tensor, owned))
-    return mixing
+    in_place = isinstance(out, Tensor) and any(out is t for t in tensors)
+    outs = [out] if in_place else tensors_in((out,))
+    active = [t for t, m in known if t.requires_grad or m.live]
+    many = any(m.many and (t.requires_grad or m.live) for t, m in known)
+    if not any(m.owned for _, m in known):
+        for tensor in outs:
+            _mark(tensor, batch, MANY if many else NOBODY, active)
+        return n > 1 and many and not _stays_a_sum(func, args, active)
+    found_marks, mixed = _found(func, args, kwargs, known, outs, n)
+    for tensor, new in zip(outs, found_marks, strict=True):
+        lost = MANY if active and (tensor.is_floating_point() or tensor.is_complex()) else NOBODY
+        _mark(tensor, batch, new if new.owned else lost, active)
+    return n > 1 and bool(active) and (many or mixed)
 
 
-# Functions of whose output it is not enough to know that the dimension's size is the same.
-_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
-_SPECIAL = BY_RULE | PICKS | _WRITES | _NORMS
+_NORMS = functions("batch_norm")
+# All that nothing has to be known of but that each element is made of those in its place.
+_SIMPLE = POINTWISE - DETACHES - WRITES - MADE
 
 
-def _unowned(out: Tensor, owned: list[tuple[Tensor, Mark]]) -> Mark:
-    return MANY if out.requires_grad and any(t.requires_grad for t, _ in owned) else NOBODY
+def _mark(tensor: Tensor, batch: int, found: Mark, active: list[Tensor]) -> None:
+    live = bool(active) and not tensor.requires_grad and tensor.is_floating_point()
+    mark(tensor, batch, Mark(found.dim, found.owner, 0, live))
 
 
-def _of_batch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a batch norm takes its statistics from the batch."""
-    return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
-
-
-def _written(
+def _made(
     func: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -97,44 +104,72 @@ def _written(
     batch: int,
     n: int,
 ) -> None:
-    """Rows written by index into a tensor, as a mixture of experts puts its results together: they
-    must arrive where their owner's rows are."""
-    marks = {id(t): m for t, m in known}
-    key: Any
-    if func in _INDEX_ADD:
-        x, dim, index, source = (*args, *(kwargs.get(k) for k in ("dim", "index", "source")
-                                          if k in kwargs))[:4]  # fmt: skip
-        if not isinstance(dim, int) or not isinstance(index, Tensor):
-            return
-        key = (*[slice(None)] * (dim % x.ndim), index)
-    elif func is Tensor.__setitem__:
-        x, key, source, dim = *args, 0
-    else:
-        x, source, key, dim = args[0], None, None, 0
-    target = out if isinstance(out, Tensor) and out is not x else x
-    if not isinstance(source, Tensor):
-        return
-    theirs, ours = marks.get(id(source)), marks.get(id(x))
-    if theirs is None and ours is None:
-        return
-    if theirs is None or not theirs.owned or (ours is not None and not ours.owned) or key is None:
-        mark(target, batch, NOBODY)
-        return
-    try:
-        if ours is None:  # a fresh tensor of zeros: what is written says whose it is
-            blank = torch.full((), NONE, device=x.device, dtype=torch.int64)
-            owner = blank.view([1] * x.ndim)
-            owner = owner.repeat([k if d == dim % x.ndim else 1 for d, k in enumerate(x.shape)])
-            ours = Mark(NONE, owner)
-        owner = ours.explicit(x, n)
-        there, own = picked(x, owner, key), theirs.explicit(source, n)
-        own = own.view([1] * (there.ndim - own.ndim) + list(own.shape))
-        if ours.owner is not None and bool((there == NONE).any()):
-            owner = owner.clone()
-            owner[key] = own.expand(there.shape)
-            found = Mark(NONE, owner) if bool((there == NONE).all()) else NOBODY
-        else:
-            found = ours if all_same([there, own]) else NOBODY
-    except (RuntimeError, IndexError):
-        found = NOBODY
-    mark(target, batch, found)
+    """Constants as large as an activation: filled by index later, they may turn out another's."""
+    x, found = known[0]
+    if isinstance(out, Tensor) and found.owned and out.shape == x.shape:
+        mark(out, batch, Mark(found.dim, found.owner, blank=True))
+
+
+def _found(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: list[tuple[Tensor, Mark]],
+    outs: list[Tensor],
+    n: int,
+) -> tuple[list[Mark], bool]:
+    """Marks of the outputs, and whether examples met on the way."""
+    mixed = func in _NORMS and _of_batch(func, args, kwargs)
+    simple = all(m.owner is None for _, m in known)
+    listed = func in BY_RULE or func in PICKS or is_pointwise(func, args)
+    if not listed:
+        if all(marked_already(t, known) for t in outs):  # by whoever tried it before
+            return [t._fastgrad_examples for t in outs], False  # type: ignore[attr-defined]
+        trial = tried(func, args, kwargs, known, outs, n)
+        return ([NOBODY] * len(outs), True) if trial is None else (trial, False)
+    found: list[Mark] = []
+    left = []
+    for i, tensor in enumerate(outs):
+        dim = uniform(func, args, kwargs, known, tensor, n) if simple else NONE
+        mixed |= dim == MANY.dim
+        found.append(Mark(dim) if dim >= 0 else NOBODY)
+        if dim in (NONE, UNLISTED):
+            left.append(i)
+    if left and (not simple or func in PICKS):
+        new = explicit(func, args, kwargs, known, outs, n)
+        for i in left:
+            if i < len(new) and new[i] is not None:
+                found[i] = new[i] or NOBODY
+    lost = any(not m.owned for m in found)
+    mixed |= lost and func in MIXERS
+    if func in RANKS and not simple:  # rows keep their owners, but others decide which they are
+        mixed |= any(
+            m.owner is not None and m.owner.shape[d] > 1
+            for x, m in known
+            for d in along(func, args, kwargs, x) or ()
+        )
+    return found, mixed
+
+
+def marked_already(tensor: Tensor, known: list[tuple[Tensor, Mark]]) -> bool:
+    fresh = not any(tensor is t for t, _ in known)
+    return fresh and type(getattr(tensor, "_fastgrad_examples", None)) is Mark
+
+
+def _stays_a_sum(func: Any, args: tuple[Any, ...], active: list[Tensor]) -> bool:
+    """Whether a sum over examples, given to a function, comes out as one."""
+    if func in LINEAR:
+        return True
+    if func not in PRODUCTS_OF_TWO or len(active) != 1:
+        return False
+    return func not in _DIVIDES or (bool(args) and args[0] is active[0])
+
+
+_DIVIDES = functions("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
+
+
+def _of_batch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a batch norm takes its statistics from the batch."""
+    if func is torch.nn.functional.batch_norm:
+        return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
+    return bool(args[5] if len(args) > 5 else kwargs.get("training", True))

@@ -71,8 +71,20 @@ class TapMode(TorchFunctionMode):
             roots = [(t, r) for t in tensors if (r := roots_of(t, batch))]
             out = _general(batch, func, args, kwargs, roots) if roots else func(*args, **kwargs)
         if propagate(func, args, kwargs, out, batch.index, batch.n_examples, tensors):
-            batch.mixing.add(resolve_name(func) or str(func))
+            _report(batch, func, out)
         return out
+
+
+def _report(batch: Batch, func: Any, out: Any) -> None:
+    """Examples met in a function: that counts if a gradient flows through it."""
+    name = resolve_name(func) or str(func)
+
+    def hook(grad: Tensor) -> None:
+        batch.mixing.add(name)
+
+    for tensor in tensors_in((out,)):
+        if tensor.requires_grad:
+            tensor.register_hook(hook)
 
 
 def _general(
