@@ -25,6 +25,7 @@ from fastgrad.regions import Region, region_of
 from fastgrad.rows import Rows, wide
 
 _MADE = "_fastgrad_made"  # what a tensor is made of: the parts of its own root, or its roots
+_ONWARD = "_fastgrad_onward"  # where the gradient goes on that a detached copy receives
 
 
 class Root(NamedTuple):
@@ -34,6 +35,8 @@ class Root(NamedTuple):
     tensor: Tensor
     ids: Tensor | None = None
     padding: int | None = None  # id whose gradient does not count
+    # behind detached copies: where gradients arrive at one and where they go on, in turn
+    way: tuple[Edge, ...] = ()
 
     def kept(self) -> Root:
         """Without the memory of what was looked up."""
@@ -73,7 +76,12 @@ def roots_of(tensor: Tensor, batch: Batch) -> tuple[Root, ...]:
     if isinstance(made, _Lookup):
         own = Root(made.record, tensor, made.ids, made.padding)
         return (own,) if made.record.batch is batch else ()
-    return made if made[0].record.batch is batch else ()
+    if made[0].record.batch is not batch:
+        return ()
+    onward = getattr(tensor, _ONWARD, None)
+    if onward is None:
+        return made
+    return tuple(r._replace(way=(edge(tensor), onward, *r.way)) for r in made)
 
 
 class _Lookup(NamedTuple):
@@ -90,8 +98,17 @@ def set_root(tensor: Tensor, record: ParamRecord, ids: Tensor, padding: int | No
 
 
 def set_derived(tensor: Tensor, roots: Sequence[Root]) -> None:
-    unique = {id(r.tensor): r for r in roots}
+    unique = {(id(r.tensor), r.way): r for r in roots}
     setattr(tensor, _MADE, tuple(unique.values()))
+
+
+def for_a_copy(tensor: Tensor, batch: Batch) -> dict[str, Any]:
+    """What a detached copy must remember to stand for ``tensor``, if its gradient is handed on."""
+    roots = roots_of(tensor, batch)
+    looked_up = bool(roots) and roots[0].tensor is tensor and roots[0].ids is not None
+    if not roots or looked_up or not tensor.requires_grad:
+        return {}  # what was looked up needs no way to its parameter
+    return {_MADE: roots, _ONWARD: edge(tensor)}
 
 
 @contextmanager
@@ -128,23 +145,28 @@ class Made(NamedTuple):
     tensors are no more or have been written into."""
 
     start: Edge
-    ends: tuple[Edge, ...]
+    ways: tuple[tuple[Edge, ...], ...]  # to each root: an end, or ends and new starts in turn
     shape: torch.Size
     dtype: torch.dtype
 
     @classmethod
     def of(cls, tensor: Tensor, roots: Sequence[Root]) -> Made:
-        ends = tuple(edge(r.tensor) for r in roots)
-        return cls(edge(tensor), ends, tensor.shape, tensor.dtype)
+        ways = tuple((*r.way, edge(r.tensor)) for r in roots)
+        return cls(edge(tensor), ways, tensor.shape, tensor.dtype)
 
     def arrive(self, gradients: Tensor, roots: Sequence[Root], dtype: torch.dtype) -> None:
         """The gradients of each example, through the graph to the roots."""
         batch = roots[0].record.batch
+        if batch.nested:
+            return
         batch.on_arrival(batch)
         if self.dtype in (torch.bfloat16, torch.float16):
             dtype = self.dtype
         gradients = gradients.reshape(len(gradients), *self.shape).to(self.dtype)
-        for root, found in zip(roots, through(self.start, self.ends, gradients), strict=True):
+        reached = through(self.start, [way[0] for way in self.ways], gradients)
+        for root, way, found in zip(roots, self.ways, reached, strict=True):
+            for onward, end in zip(way[1::2], way[2::2], strict=True):
+                (found,) = through(onward, (end,), found)
             root.arrive(found, batch, dtype)
 
 

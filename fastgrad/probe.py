@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -212,8 +213,9 @@ class Probe:
         )
         self._next_ids: list[int] | None = None
         self._hash = weights_hash(model) if hash_weights else None
-        self._mode: TapMode | None = None
-        self._recomputed: tuple[nn.Module, Batch | None] | None = None
+        self._mode = TapMode(lambda: self._batch)
+        self._again = False  # something of a forward pass is computed again
+        self._module: tuple[nn.Module, ExitStack] | None = None  # that does so
         self._handles: list[Any] = []
         self._batch: Batch | None = None
         # Batches live as long as their autograd graph: a forward pass that is never followed by
@@ -266,11 +268,10 @@ class Probe:
             for target in self._probed:
                 self._handles.append(target.parameter.register_hook(self._grad_hook(target)))
         if self.per_example:
-            self._mode = TapMode(lambda: self._batch)
             self._mode.__enter__()
             self._handles += [
-                register_module_forward_pre_hook(self._begin_recompute),
-                register_module_forward_hook(self._end_recompute, always_call=True),
+                register_module_forward_pre_hook(self._begin_module),
+                register_module_forward_hook(self._end_module, always_call=True),
             ]
         return self
 
@@ -283,9 +284,8 @@ class Probe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._mode is not None:
+        if self.per_example:
             self._mode.__exit__(kind, error, trace)
-        self._mode = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -341,6 +341,8 @@ class Probe:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self.model:
             return  # a copy of the model carries copies of the hooks
+        if self._batch is not None and not self._batch.counting:
+            return  # all of this batch is computed again
         if self._pass is not None and torch._C._current_graph_task_id() == -1:
             self._pass = None  # the last backward pass broke off with an error
             self._firing.clear()
@@ -375,6 +377,7 @@ class Probe:
             self._samples,
             owner,
             self._take_ids(n),
+            again=self._computing_again,
         )
         for tensor in inputs:
             if owner is None:
@@ -384,7 +387,11 @@ class Probe:
             else:
                 found = NOBODY
             mark(tensor, self._forwards, found)
+            self._batch.inputs.append((weakref.ref(tensor), found))
         self._pending.add(self._batch)
+        in_backward_pass = torch._C._current_graph_task_id() != -1
+        if in_backward_pass and not self._again:  # it ran without gradients before
+            self._run_again(module, self._batch, count=True)
 
     def next_ids(self, ids: Sequence[int] | Tensor) -> None:
         """Ids of the examples of the next forward pass, instead of running numbers: for data that
@@ -411,48 +418,53 @@ class Probe:
                 if tensor.requires_grad and tensor.grad_fn is not None:
                     tensor.register_hook(self._arrival_hook)
 
-    # The autograd engine runs a backward pass without the caller's function modes. Where an
-    # activation checkpoint recomputes modules in there, they must meet the same taps again.
+    @contextmanager
+    def _computing_again(self, batch: Batch, count: bool) -> Iterator[None]:
+        """A checkpoint computes part of a forward pass again, inside a backward pass. The autograd
+        engine runs that without the caller's function modes, and others may have run since."""
+        before = self._batch, self._again, batch.counting, batch.nested
+        self._batch, self._again, batch.counting, batch.nested = batch, True, count, True
+        try:
+            with self._mode:
+                yield
+        finally:
+            self._batch, self._again, batch.counting, batch.nested = before
 
-    def _begin_recompute(self, module: nn.Module, args: Any) -> None:
-        if self._mode is None:
-            return
+    def _begin_module(self, module: nn.Module, args: Any) -> None:
+        tensors = [a for a in args if isinstance(a, Tensor)]
         if torch._C._current_graph_task_id() == -1:
             if self._batch is not None:
-                tensors = [a for a in args if isinstance(a, Tensor)]
-                self._batch.inputs[id(module)] = [marked(t, self._batch.index) for t in tensors]
+                self._batch.given[id(module)] = [marked(t, self._batch.index) for t in tensors]
                 if torch.is_grad_enabled():
                     self._batch.modules.add(id(module))
             return
         if not torch.is_grad_enabled():
             return
-        if self._recomputed is None and self._mode not in _get_current_function_mode_stack():
-            # The engine goes backwards: the latest forward pass that ran this module comes first.
+        if not self._again and module is not self.model:
+            # In a checkpoint that was not found, as another library's. The engine goes backwards:
+            # the latest forward pass that ran this module comes first.
             live = [*self._pending, *self._firing]
             ran = [b for b in live if id(module) in b.modules - b.recomputed]
-            self._recomputed = (module, self._batch)
-            if ran:
-                self._batch = max(ran, key=lambda b: b.index)
-                self._batch.recomputed.add(id(module))
-                self._batch.counting = False  # the uses were counted in the forward pass
-            if self._batch is not None:  # a checkpoint keeps its inputs without their marks
-                tensors = [a for a in args if isinstance(a, Tensor)]
-                for tensor, found in zip(
-                    tensors, self._batch.inputs.get(id(module), []), strict=False
-                ):
-                    if found is not None and marked(tensor, self._batch.index) is None:
-                        mark(tensor, self._batch.index, found)
-            self._mode.__enter__()
+            batch = max(ran, key=lambda b: b.index) if ran else self._batch
+            if batch is None:
+                return
+            batch.recomputed.add(id(module))
+            self._run_again(module, batch, count=not ran)
+        if self._batch is not None:  # it may have been given copies
+            for tensor, known in zip(tensors, self._batch.given.get(id(module), []), strict=False):
+                if known is not None and marked(tensor, self._batch.index) is None:
+                    mark(tensor, self._batch.index, known)
 
-    def _end_recompute(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _run_again(self, module: nn.Module, batch: Batch, count: bool) -> None:
+        self._module = module, ExitStack()
+        self._module[1].enter_context(self._computing_again(batch, count))
+
+    def _end_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._batch is not None:
             carry(module, args, output, self._batch.index)
-        if self._recomputed is not None and module is self._recomputed[0]:
-            if self._batch is not None:
-                self._batch.counting = True
-            self._batch, self._recomputed = self._recomputed[1], None
-            if self._mode is not None:
-                self._mode.__exit__(None, None, None)
+        if self._module is not None and module is self._module[0]:
+            stack, self._module = self._module[1], None
+            stack.close()
 
     # -- backward ------------------------------------------------------------------------
 
@@ -482,7 +494,7 @@ class Probe:
 
         def hook(grad: Tensor) -> None:
             if any(b.nested for b in self._firing):
-                return  # a tap asks for a part of the gradient
+                return
             self._arrival()
             assert self._pass is not None
             earlier = self._pass.get(target.name)

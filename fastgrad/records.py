@@ -13,9 +13,10 @@ circle would keep every graph alive.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import numpy as np
 import torch
@@ -93,7 +94,8 @@ class ParamRecord:
     def differentiated(self) -> None:
         """Part of the gradient comes from a backward pass that was itself differentiated: no tap
         sees whose it is."""
-        self._arrived(self.parameter.dtype)
+        if not self.batch.nested:
+            self._arrived(self.parameter.dtype)
         entry = (self.target.name, _DIFFERENTIATED)
         if entry not in self.batch.refused:
             self.batch.refused.append(entry)
@@ -133,8 +135,10 @@ class ParamRecord:
     ) -> Tensor:
         """A use whose gradient is ``leftᵀ right``, rows in example order; returns that gradient,
         rounded to ``dtype``."""
-        self._arrived(left.dtype)
         left, right = left.detach(), right.detach()
+        if self.batch.nested:
+            return (wide(left).T @ wide(right)).to(dtype or left.dtype)
+        self._arrived(left.dtype)
         region = region or self.target.region
         factors = Factors(left, right, rows, region)
         shared = self._overlapping(region)
@@ -207,6 +211,8 @@ class ParamRecord:
     ) -> None:
         """A use as embedding: ``grad_out [tokens, cols]`` arrives at the rows ``ids``, both in
         example order. ``dtype`` as in :meth:`add_dense`."""
+        if self.batch.nested:
+            return
         self._arrived(dtype or grad_out.dtype)
         grad_out = grad_out.detach()
         grid, table = self.target.grid, self.table
@@ -247,6 +253,8 @@ class ParamRecord:
 
         ``dtype`` is that in which the gradient goes on to autograd, if it differs.
         """
+        if self.batch.nested:
+            return
         self._arrived(dtype or per_example.dtype)
         per_example = wide(per_example.detach())
         self.dense = per_example if self.dense is None else self.dense + per_example
@@ -446,12 +454,15 @@ class Batch:
     owner: Tensor | None = None  # packed rows: int64 [rows, tokens], the example of each token
     ids: list[int] | None = None  # of the examples, if they were given
     refused: list[tuple[str, str]] = field(default_factory=list)  # one example: see Measurement
-    counting: bool = True  # False while a checkpoint recomputes what was counted before
+    # brings the taps back while a checkpoint computes again; uses are counted or were before
+    again: Callable[[Batch, bool], AbstractContextManager[None]] | None = None
     mixing: set[str] = field(default_factory=set)  # functions in which examples met each other
-    nested: bool = False  # a gradient is being taken inside the backward pass
-    modules: set[int] = field(default_factory=set)  # ids of the modules that ran
-    # whose the rows of their inputs are
-    inputs: dict[int, list[Mark | None]] = field(default_factory=dict)
+    counting: bool = True
+    nested: bool = False  # meanwhile: a backward pass in there is no part of the one around it
+    inputs: list[tuple[ref[Tensor], Mark]] = field(default_factory=list)  # of the model
+    # where checkpoints are not found: ids of the modules that ran, and whose their inputs' rows are
+    modules: set[int] = field(default_factory=set)
+    given: dict[int, list[Mark | None]] = field(default_factory=dict)
     recomputed: set[int] = field(default_factory=set)
     records: WeakValueDictionary[str, ParamRecord] = field(default_factory=WeakValueDictionary)
     arrived: dict[str, ParamRecord] = field(default_factory=dict)

@@ -25,7 +25,7 @@ RANKS: list[set[str]] = [
     {"propagation"},
     {"records"},
     {"derived", "batches"},
-    {"tap_functions"},
+    {"tap_functions", "checkpoints"},
     {"tap_watch", "tap_recurrent"},
     {"tap_contraction"},
     {"handlers_common"},
