@@ -65,6 +65,8 @@ def label_tokens(
         return [int(c) for c in torch.bincount(whose[whose >= 0], minlength=n_examples)]
     if not isinstance(labels, Tensor) or labels.ndim < 1 or labels.shape[0] != n_examples:
         return None
+    if n_examples == 0:
+        return []
     rows = labels.reshape(n_examples, -1)
     if shifted:
         rows = rows[:, 1:]

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -46,7 +45,7 @@ from fastgrad.identity import (
     whole,
 )
 from fastgrad.measurement import Arrival, Measurement, Settings, squared_blocks
-from fastgrad.ownership import NOBODY, Mark, carry, mark, marked
+from fastgrad.ownership import NOBODY, Mark, mark
 from fastgrad.probe_arguments import (
     Direction,
     check_patterns,
@@ -69,6 +68,7 @@ from fastgrad.replicas import (
 from fastgrad.stats import GradientStats
 from fastgrad.stats_shards import ShardWriter
 from fastgrad.taps import TapMode
+from fastgrad.under_way import UnderWay
 from fastgrad_kernels.layout import sum_of_squares
 
 # Per-example gradients of parameters without a cheaper form are kept until the end of the backward
@@ -213,11 +213,8 @@ class Probe:
         )
         self._next_ids: list[int] | None = None
         self._hash = weights_hash(model) if hash_weights else None
-        self._mode = TapMode(lambda: self._batch)
-        self._again = False  # something of a forward pass is computed again
-        self._module: tuple[nn.Module, ExitStack] | None = None  # that does so
+        self._under_way = UnderWay(model, lambda: [*self._pending, *self._firing])
         self._handles: list[Any] = []
-        self._batch: Batch | None = None
         # Batches live as long as their autograd graph: a forward pass that is never followed by
         # a backward pass (an evaluation with gradients on) leaves nothing behind.
         self._pending: weakref.WeakSet[Batch] = weakref.WeakSet()
@@ -268,10 +265,10 @@ class Probe:
             for target in self._probed:
                 self._handles.append(target.parameter.register_hook(self._grad_hook(target)))
         if self.per_example:
-            self._mode.__enter__()
+            self._under_way.mode.__enter__()
             self._handles += [
-                register_module_forward_pre_hook(self._begin_module),
-                register_module_forward_hook(self._end_module, always_call=True),
+                register_module_forward_pre_hook(self._under_way.begin_module),
+                register_module_forward_hook(self._under_way.end_module, always_call=True),
             ]
         return self
 
@@ -285,7 +282,7 @@ class Probe:
         trace: TracebackType | None,
     ) -> None:
         if self.per_example:
-            self._mode.__exit__(kind, error, trace)
+            self._under_way.mode.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -294,7 +291,7 @@ class Probe:
         for key in self._unsharded:
             del self._targets[key]
         self._unsharded.clear()
-        self._batch, self._pass, self._running = None, None, False
+        self._under_way.batch, self._pass, self._running = None, None, False
         self._pending.clear()
         self._firing.clear()
 
@@ -341,7 +338,8 @@ class Probe:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self.model:
             return  # a copy of the model carries copies of the hooks
-        if self._batch is not None and not self._batch.counting:
+        batch = self._under_way.batch
+        if batch is not None and not batch.counting:
             return  # all of this batch is computed again
         if self._pass is not None and torch._C._current_graph_task_id() == -1:
             self._pass = None  # the last backward pass broke off with an error
@@ -350,7 +348,7 @@ class Probe:
             if self._replicas is not None:
                 self._replicas.forget()
         if not torch.is_grad_enabled():
-            self._batch = None
+            self._under_way.batch = None
             return
         self._in_replicas()
         inputs = input_tensors(args, kwargs)
@@ -360,13 +358,15 @@ class Probe:
                 "of the batch cannot be counted. Remedy: pass inputs as tensors"
             )
         owner = packed_owner(kwargs, inputs[0].shape)
-        n = inputs[0].shape[0] if owner is None else int(owner.max()) + 1
+        n = inputs[0].shape[0]
+        if owner is not None:
+            n = int(owner.max()) + 1 if owner.numel() else 0
         labels = kwargs.get("labels")
         tokens = label_tokens(labels, n, self.shift_labels, self.ignore_index, owner)
         items = kwargs.get("num_items_in_batch")
         self._forwards += 1
         others = frozenset(d for t in inputs for d in t.shape[1:])
-        self._batch = Batch(
+        batch = self._under_way.batch = Batch(
             self._forwards,
             n,
             others,
@@ -377,7 +377,7 @@ class Probe:
             self._samples,
             owner,
             self._take_ids(n),
-            again=self._computing_again,
+            again=self._under_way.computing_again,
         )
         for tensor in inputs:
             if owner is None:
@@ -387,11 +387,11 @@ class Probe:
             else:
                 found = NOBODY
             mark(tensor, self._forwards, found)
-            self._batch.inputs.append((weakref.ref(tensor), found))
-        self._pending.add(self._batch)
+            batch.inputs.append((weakref.ref(tensor), found))
+        self._pending.add(batch)
         in_backward_pass = torch._C._current_graph_task_id() != -1
-        if in_backward_pass and not self._again:  # it ran without gradients before
-            self._run_again(module, self._batch, count=True)
+        if in_backward_pass and not self._under_way.again:  # it ran without gradients before
+            self._under_way.begin_again(module, batch, count=True)
 
     def next_ids(self, ids: Sequence[int] | Tensor) -> None:
         """Ids of the examples of the next forward pass, instead of running numbers: for data that
@@ -413,63 +413,20 @@ class Probe:
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         # The first gradient to flow into an output marks the begin of the backward pass; taken
         # here, because an activation checkpoint runs smaller backward passes inside.
-        if torch.is_grad_enabled():
-            for tensor in output_tensors(output):
-                if tensor.requires_grad and tensor.grad_fn is not None:
-                    tensor.register_hook(self._arrival_hook)
-
-    @contextmanager
-    def _computing_again(self, batch: Batch, count: bool) -> Iterator[None]:
-        """A checkpoint computes part of a forward pass again, inside a backward pass. The autograd
-        engine runs that without the caller's function modes, and others may have run since."""
-        before = self._batch, self._again, batch.counting, batch.nested
-        self._batch, self._again, batch.counting, batch.nested = batch, True, count, True
-        try:
-            with self._mode:
-                yield
-        finally:
-            self._batch, self._again, batch.counting, batch.nested = before
-
-    def _begin_module(self, module: nn.Module, args: Any) -> None:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if torch._C._current_graph_task_id() == -1:
-            if self._batch is not None:
-                self._batch.given[id(module)] = [marked(t, self._batch.index) for t in tensors]
-                if torch.is_grad_enabled():
-                    self._batch.modules.add(id(module))
-            return
         if not torch.is_grad_enabled():
             return
-        if not self._again and module is not self.model:
-            # In a checkpoint that was not found, as another library's. The engine goes backwards:
-            # the latest forward pass that ran this module comes first.
-            live = [*self._pending, *self._firing]
-            ran = [b for b in live if id(module) in b.modules - b.recomputed]
-            batch = max(ran, key=lambda b: b.index) if ran else self._batch
-            if batch is None:
-                return
-            batch.recomputed.add(id(module))
-            self._run_again(module, batch, count=not ran)
-        if self._batch is not None:  # it may have been given copies
-            for tensor, known in zip(tensors, self._batch.given.get(id(module), []), strict=False):
-                if known is not None and marked(tensor, self._batch.index) is None:
-                    mark(tensor, self._batch.index, known)
+        batch = self._under_way.batch
 
-    def _run_again(self, module: nn.Module, batch: Batch, count: bool) -> None:
-        self._module = module, ExitStack()
-        self._module[1].enter_context(self._computing_again(batch, count))
+        def arrived(grad: Tensor) -> None:
+            self._arrival()
+            if batch is not None and not batch.n_examples:
+                self._arrived(batch)  # no tap will tell of it
 
-    def _end_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._batch is not None:
-            carry(module, args, output, self._batch.index)
-        if self._module is not None and module is self._module[0]:
-            stack, self._module = self._module[1], None
-            stack.close()
+        for tensor in output_tensors(output):
+            if tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(arrived)
 
     # -- backward ------------------------------------------------------------------------
-
-    def _arrival_hook(self, grad: Tensor) -> None:
-        self._arrival()
 
     def _arrived(self, batch: Batch) -> None:
         if not self._running:
@@ -526,7 +483,15 @@ class Probe:
         arrived, self._pass = self._pass or {}, None
         batches, self._firing = sorted(self._firing, key=lambda b: b.index), []
         self._samples.clear()
-        if not arrived:  # a gradient of the inputs alone: the batches may still be trained on
+        came = list(arrived)
+        if any(b.n_examples == 0 for b in batches):
+            # Their gradient is zero: that no tap saw it is nothing that is missing.
+            batches = [b for b in batches if b.n_examples]
+            seen = set().union(*(b.arrived for b in batches))
+            arrived = {n: a for n, a in arrived.items() if n in seen or bool(a.sq.any())}
+        # Several processes record the same passes, also one that had no examples.
+        if not arrived and (self._replicas is None or not came):
+            # A gradient of the inputs alone: the batches may still be trained on.
             for batch in batches:
                 batch.forget()
                 self._pending.add(batch)
@@ -534,7 +499,7 @@ class Probe:
                 self._replicas.nothing_came()
             return
         try:
-            reduced = None if self._replicas is None else self._replicas.end(arrived)
+            reduced = None if self._replicas is None else self._replicas.end(came)
             if self._measured.take(batches, arrived, reduced) and self._measured.recorder.is_due:
                 self._measured.recorder.write(self._measured.coverage(), self._meta())
         finally:
@@ -553,8 +518,8 @@ class Probe:
         measured = self._measured
         if not measured.recorder.n_passes:
             raise ProbeError(
-                "no backward pass was seen. Remedy: call the probed model and loss.backward() "
-                "inside the with block, with gradients enabled"
+                "no backward pass of a batch with examples was seen. Remedy: call the probed model "
+                "and loss.backward() inside the with block, with gradients enabled"
                 + (
                     f"; {measured.skipped} batches were skipped for NaN or infinity"
                     if measured.skipped

@@ -35,6 +35,7 @@ RANKS: list[set[str]] = [
     {"handlers"},
     {"one_by_one"},
     {"taps"},
+    {"under_way"},
     {"stats", "stats_merge", "stats_files", "stats_shards", "recorder"},
     {"concentration", "heads", "granularity"},
     {"measurement", "heavytail", "resources"},

@@ -7,8 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import fastgrad as fg
 from fastgrad.errors import ProbeError
@@ -353,3 +356,105 @@ def test_ids_must_fit_their_batch():
         probe.next_ids([1, 2])
         with pytest.raises(ProbeError, match="2 example ids were given for a batch of 3"):
             model(**batch_of())
+
+
+# -- batches without examples ------------------------------------------------------------
+
+
+class Routes(nn.Module):
+    """No examples take another way than some do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usual, self.small, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.last(torch.tanh((self.usual if len(x) else self.small)(x)))
+
+
+def test_a_batch_without_examples():
+    torch.manual_seed(0)
+    model, x, nothing = Routes(), torch.randn(3, 6), torch.zeros(0, 6)
+    with fg.Probe(model, loss_reduction="sum", strict=True) as probe:
+        model(nothing).square().sum().backward()
+        assert all(not p.grad.any() for p in model.small.parameters())
+        with pytest.raises(ProbeError, match="no backward pass of a batch with examples"):
+            probe.stats()
+        probe.next_ids([4, 5, 6])
+        model(x).square().sum().backward()
+        losses = [model(nothing).sum()]
+        probe.next_ids([7, 8, 9])
+        losses += [model(x).square().sum(), model(nothing).sum()]
+        torch.autograd.backward(losses)
+    stats = probe.stats()
+    assert stats.example_ids.tolist() == [4, 5, 6, 7, 8, 9]
+    assert (stats.n_examples, stats.n_batches) == (6, 2)
+    assert {n: c.status for n, c in stats.coverage.items() if c.status != "exact"} == {
+        "small.weight": "unused",
+        "small.bias": "unused",
+    }
+    for j in range(6):
+        model.zero_grad()
+        model(x[j % 3][None]).square().sum().backward()
+        want = [float(p.grad.norm()) if p.grad is not None else 0.0 for p in model.parameters()]
+        np.testing.assert_allclose(stats.T[:, j], want, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_outside_of_a_batch_without_examples_is_missing_as_ever():
+    torch.manual_seed(0)
+    model = Routes()
+    with fg.Probe(model) as probe:
+        losses = [model(torch.zeros(0, 6)).sum(), model(torch.randn(3, 6)).square().sum()]
+        torch.autograd.backward([*losses, model.small.weight.square().sum()])
+    missing = {n: c.reason for n, c in probe.stats().coverage.items() if c.status == "missing"}
+    assert list(missing) == ["small.weight"]
+    assert "no tap saw" in missing["small.weight"]
+
+
+class Tokens(nn.Module):
+    """Labels, packed rows, a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lin = nn.Embedding(VOCAB, 6), nn.Linear(6, VOCAB)
+
+    def forward(self, input_ids, labels=None, **unused):
+        x = self.embed(input_ids)
+        logits = checkpoint(lambda v: self.lin(torch.tanh(v)), x, use_reentrant=False)
+        if labels is None:
+            return logits.sum()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_labels_and_packed_rows_of_no_examples():
+    """The mean over no labels is no number, and its gradient is none to be recorded."""
+    torch.manual_seed(0)
+    model, batch = Tokens(), {k: v for k, v in batch_of().items() if k != "attention_mask"}
+    row = torch.zeros(1, 0, dtype=torch.int64)
+    with fg.Probe(model, strict=True) as probe:
+        loss = model(**{k: v[:0] for k, v in batch.items()})
+        assert loss.isnan()
+        loss.backward()
+        model(input_ids=row, cu_seq_lens_q=torch.tensor([0])).backward()
+        model(**batch).backward()
+    assert_exact(probe.stats(), model, batch, loss_of=lambda m, b: m(**b))
+    assert probe.stats().n_batches == 1
+
+
+def test_one_of_several_processes_without_examples(tmp_path):
+    """Each process records as many passes as the others."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+        wrapped = DistributedDataParallel(model)
+        with fg.Probe(model, strict=True) as probe:
+            wrapped(torch.zeros(0, 6)).sum().backward()
+            assert probe.stats().n_examples == 0
+            wrapped(torch.randn(3, 6)).sum().backward()
+        stats = probe.stats()
+    finally:
+        dist.destroy_process_group()
+    assert (stats.n_batches, stats.n_examples, stats.batch.tolist()) == (2, 3, [1, 1, 1])
+    assert not stats.batch_sq[:, 0].any()
+    assert stats.batch_sq[:, 1].all()
