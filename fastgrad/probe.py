@@ -68,7 +68,7 @@ from fastgrad.replicas import (
 from fastgrad.stats import GradientStats
 from fastgrad.stats_shards import ShardWriter
 from fastgrad.taps import TapMode
-from fastgrad.under_way import UnderWay
+from fastgrad.under_way import UnderWay, is_transformed
 from fastgrad_kernels.layout import sum_of_squares
 
 # Per-example gradients of parameters without a cheaper form are kept until the end of the backward
@@ -336,7 +336,7 @@ class Probe:
     # -- forward -------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not self.model:
+        if module is not self.model or is_transformed():
             return  # a copy of the model carries copies of the hooks
         batch = self._under_way.batch
         if batch is not None and not batch.counting:

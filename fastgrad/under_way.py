@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastgrad.ownership import carry, mark, marked
 from fastgrad.records import Batch
 from fastgrad.taps import TapMode
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, or differentiation in forward mode. Neither
+    knows how to pass a tap, and under vmap the examples are out of sight."""
+    transforms = torch._C._functorch.peek_interpreter_stack() is not None
+    return transforms or forward_ad._current_level >= 0
 
 
 class UnderWay:
@@ -37,7 +45,9 @@ class UnderWay:
     def attributable(self) -> Batch | None:
         """The batch to whose examples uses of parameters can be attributed."""
         batch = self.batch
-        return batch if batch is not None and batch.n_examples else None
+        if batch is None or not batch.n_examples or is_transformed():
+            return None
+        return batch
 
     @contextmanager
     def computing_again(self, batch: Batch, count: bool) -> Iterator[None]:
@@ -90,4 +100,4 @@ class UnderWay:
             stack.close()
 
 
-__all__ = ["UnderWay"]
+__all__ = ["UnderWay", "is_transformed"]

@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad as fg
-from fastgrad.errors import ProbeError
+from fastgrad.errors import CoverageError, ProbeError
 from tests.models import MODELS, VOCAB, batch_of, llama, one_example, randomised
 
 
@@ -458,3 +460,107 @@ def test_one_of_several_processes_without_examples(tmp_path):
     assert (stats.n_batches, stats.n_examples, stats.batch.tolist()) == (2, 3, [1, 1, 1])
     assert not stats.batch_sq[:, 0].any()
     assert stats.batch_sq[:, 1].all()
+
+
+# -- transforms of functions -------------------------------------------------------------
+
+
+def forward_mode(model, x):
+    with forward_ad.dual_level():
+        out = model(forward_ad.make_dual(x, torch.ones_like(x)))
+        return forward_ad.unpack_dual(out).tangent
+
+
+def of_parameters(model, x):
+    own = dict(model.named_parameters())
+    return torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(own)
+
+
+def of_parameters_one_by_one(model, x):
+    def one(p, v):
+        return torch.func.functional_call(model, p, (v[None],)).sum()
+
+    own = dict(model.named_parameters())
+    return torch.vmap(torch.func.grad(one), (None, 0))(own, x)
+
+
+TRANSFORMS = {
+    "vmap": lambda m, x: torch.func.vmap(m)(x[:, None]),
+    "jvp": lambda m, x: torch.func.jvp(m, (x,), (torch.ones_like(x),)),
+    "vjp": lambda m, x: torch.func.vjp(m, x)[1](torch.ones(4, 2)),
+    "grad": lambda m, x: torch.func.grad(lambda v: m(v).sum())(x),
+    "jacrev": lambda m, x: torch.func.jacrev(m)(x),
+    "jacfwd": lambda m, x: torch.func.jacfwd(m)(x),
+    "hessian": lambda m, x: torch.func.hessian(lambda v: m(v).sum())(x),
+    "of parameters": of_parameters,
+    "of parameters, one by one": of_parameters_one_by_one,
+    "forward mode": forward_mode,
+}
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_the_model_are_what_they_are_without_a_probe(transform):
+    """Also between a forward pass and its loss, which are measured as ever."""
+    model, x = layers(), torch.randn(4, 6)
+    want = tree_leaves(TRANSFORMS[transform](model, x))
+    with fg.Probe(model, loss_reduction="row_mean", strict=True) as probe:
+        got = tree_leaves(TRANSFORMS[transform](model, x))
+        out = model(x)
+        TRANSFORMS[transform](model, x)
+        F.linear(out, model[3].weight.T).square().mean().backward()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    stats = probe.stats()
+    assert (stats.n_examples, stats.n_batches) == (4, 1)
+    for j in range(4):
+        model.zero_grad()
+        F.linear(model(x[j : j + 1]), model[3].weight.T).square().mean().backward()
+        norms = [float(p.grad.norm()) for p in model.parameters()]
+        np.testing.assert_allclose(stats.influence("example_mean")[:, j], norms, rtol=1e-4)
+
+
+def test_gradients_through_vmap_are_missing_by_name():
+    model, x = layers(), torch.randn(4, 6)
+    torch.vmap(model)(x).square().mean().backward()
+    want = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    with fg.Probe(model) as probe:
+        torch.vmap(model)(x).square().mean().backward()
+    for p, grad in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+    with pytest.raises(CoverageError, match="no tap saw"):
+        probe.stats()
+
+
+class Ensemble(nn.Module):
+    """Part of the model runs under vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        x = torch.vmap(lambda row: torch.tanh(row * self.scale))(self.first(x))
+        return self.last(self.first(x))
+
+
+def test_parameters_under_vmap_inside_the_model_are_missing():
+    torch.manual_seed(0)
+    model, x = Ensemble(), torch.randn(4, 6)
+    with fg.Probe(model) as probe:
+        model(x).square().mean().backward()
+    stats = probe.stats()
+    missing = [n for n, c in stats.coverage.items() if c.status == "missing"]
+    assert missing == ["scale"]
+    for j in range(4):
+        model.zero_grad()
+        (model(x[j : j + 1]).square().mean() / 4).backward()
+        for p, (name, q) in enumerate(model.named_parameters()):
+            if name not in missing:
+                np.testing.assert_allclose(stats.T[p, j], float(q.grad.norm()), rtol=1e-4)
