@@ -33,7 +33,7 @@ _BY_ELEMENT = (
     "hardsigmoid", "hardtanh", "logsigmoid", "softsign", "tanhshrink", "softshrink", "threshold",
     "leaky_relu", "rrelu", "sigmoid", "tanh", "softplus", "where", "masked_fill", "masked_fill_",
     "fill_", "zero_", "copy_", "bernoulli", "bernoulli_", "normal_", "uniform_", "isin", "isreal",
-    "fix", "arccos", "arcsin", "arctan", "arctan2", "bucketize", "searchsorted", "erfinv",
+    "fix", "arccos", "arcsin", "arctan", "arctan2", "erfinv",
     "__and__", "__or__", "__xor__", "__invert__", "__floordiv__", "__mod__", "__rmod__",
     "__truediv__", "__rtruediv__", "__radd__", "__rmul__", "__rpow__", "__iadd__", "__isub__",
     "__imul__", "__itruediv__", "__iand__", "__ior__", "__ixor__", "__rand__", "__ror__",
@@ -94,13 +94,13 @@ ALONG |= {getattr(torch.fft, name): (2, default) for name, default in _FOURIER.i
 REDUCE = _by_function(_REDUCE)
 REDUCE |= {getattr(torch.linalg, n): (2, "all") for n in ("norm", "vector_norm")}
 # Losses: of each row, then summed or averaged.
-CLASSES = functions("cross_entropy", "nll_loss")
-LOSSES = CLASSES | functions(
+CLASSES = functions("cross_entropy", "nll_loss", "multi_margin_loss", "multilabel_margin_loss")
+VECTORS = functions("cosine_embedding_loss", "triplet_margin_loss")
+LOSSES = CLASSES | VECTORS | functions(
     "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "kl_div",
     "binary_cross_entropy_with_logits", "poisson_nll_loss", "gaussian_nll_loss", "ctc_loss",
-    "margin_ranking_loss", "hinge_embedding_loss", "soft_margin_loss", "multi_margin_loss",
-    "multilabel_margin_loss", "multilabel_soft_margin_loss", "cosine_embedding_loss",
-    "triplet_margin_loss",
+    "margin_ranking_loss", "hinge_embedding_loss", "soft_margin_loss",
+    "multilabel_soft_margin_loss",
 )  # fmt: skip
 # A sum over examples of what each gives: the gradient is a sum as well.
 SUMS = functions("sum", "mean", "nansum", "nanmean") | LOSSES
@@ -132,7 +132,7 @@ PRODUCTS_OF_TWO = functions(
 # Where examples meet, unless their dimension is one that the function leaves apart.
 MIXERS = (set(ALONG) | set(REDUCE) | functions(
     "layer_norm", "rms_norm", "group_norm", "instance_norm", "scaled_dot_product_attention",
-    "cdist", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+    "cdist", "msort", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
     "conv_transpose3d", "interpolate", "fold", "grid_sample", "local_response_norm",
     *(f"{kind}_pool{d}d" for d in (1, 2, 3) for kind in (
         "max", "avg", "lp", "adaptive_avg", "adaptive_max")),

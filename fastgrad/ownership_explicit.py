@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.function_kinds import MIXERS, along
-from fastgrad.ownership import NOBODY, NONE, Mark, functions, tensors_in
-from fastgrad.ownership_uniform import LOOKUPS, MADE, PRODUCTS
+from fastgrad.ownership import MANY, NOBODY, NONE, Mark, functions, tensors_in
+from fastgrad.ownership_uniform import PRODUCTS, aligned, apart, position
 
 _VIEWS = functions(
     "transpose", "swapaxes", "swapdims", "permute", "t", "adjoint", "movedim", "moveaxis",
@@ -30,7 +29,6 @@ _CAT = functions("cat", "concat", "concatenate")
 _STACKS = functions("stack")
 _SORTS = functions("sort", "argsort")
 _ATTENTION = functions("scaled_dot_product_attention")
-_OVER_FEATURES = functions("layer_norm", "rms_norm")
 PICKS = (
     _VIEWS | _GETITEM | _ROLLS | _REPEATS | _INDEX_SELECT | _CAT | _STACKS | _SORTS
 )  # what may turn a uniform mark into an explicit one
@@ -207,23 +205,22 @@ def _combined(
     owners: dict[int, Tensor],
     out: Tensor,
 ) -> Mark:
-    """Elementwise functions, reductions, products and lookups."""
+    """Functions whose rules say where each dimension goes."""
     found: list[tuple[Tensor, Mark]] = []
-    for x, m in known:
-        if id(x) not in owners:
-            continue
-        owner = _through(func, args, kwargs, x, owners[id(x)], out)
-        if owner is not None:
+    args, pairs = apart(args, [(x, (m, owners[id(x)])) for x, m in known if id(x) in owners])
+    for x, (m, own) in pairs:
+        owner = _through(func, args, kwargs, x, own, out)
+        if isinstance(owner, Tensor):
             found.append((owner, m))
         elif func not in PRODUCTS | _ATTENTION:
-            return NOBODY
+            return MANY if owner == MANY.dim else NOBODY
     if not found:
         return NOBODY
     if func in PRODUCTS:  # the rows of the first factor are the rows of the result
         return _checked(found[0][0], out)
     together = merged([o for o, _ in found])
     if together is None:
-        return NOBODY
+        return MANY
     for owner, m in found:
         if m.owner is None:  # a uniform mark says the same at less cost
             dims = [d for d in range(owner.ndim) if owner.shape[d] > 1]
@@ -232,19 +229,33 @@ def _combined(
     return _checked(together, out)
 
 
-def _apart(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, owner: Tensor
-) -> bool:
-    """Whether a layer that works along some dimensions leaves alone those that tell examples
-    apart. Attention is trusted: its mask keeps packed examples apart, if anything does."""
-    varying = [d for d in range(owner.ndim) if owner.shape[d] > 1]
-    if func in _ATTENTION:
-        return all(d < x.ndim - 1 for d in varying)
-    if func in _OVER_FEATURES:
-        shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", ())
-        count = 1 if isinstance(shape, int) else len(shape)
-        return all(d < x.ndim - count for d in varying)
-    return varying == [0]
+def _through(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, owner: Tensor, out: Tensor
+) -> Tensor | int:
+    """Owners of the output as far as one input tells; ``NONE`` or ``MANY.dim`` if they are lost."""
+    places = {}
+    for d in [d for d in range(owner.ndim) if owner.shape[d] != 1]:
+        if func in _ATTENTION:  # its mask keeps packed examples apart, if anything does
+            place = aligned(x, d, out)
+        else:
+            place = position(func, args, kwargs, x, d, out)
+        if place < 0:
+            first = owner.narrow(d, 0, min(1, owner.shape[d]))
+            if not bool((owner == first).all()) or not owner.shape[d]:
+                return MANY.dim if place == MANY.dim else NONE
+            owner = first
+        elif out.shape[place] != owner.shape[d]:
+            return NONE
+        else:
+            places[d] = place
+    if len(set(places.values())) < len(places):
+        return NONE
+    order = sorted(places, key=lambda d: places[d])
+    rest = [d for d in range(owner.ndim) if d not in places]
+    size = [1] * out.ndim
+    for d, place in places.items():
+        size[place] = owner.shape[d]
+    return owner.permute(*order, *rest).reshape(size)
 
 
 def merged(owners: list[Tensor]) -> Tensor | None:
@@ -261,34 +272,6 @@ def merged(owners: list[Tensor]) -> Tensor | None:
             return None
         found = torch.where(found == NONE, other, found)
     return found
-
-
-def _through(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, owner: Tensor, out: Tensor
-) -> Tensor | None:
-    """Owners of the output as far as one input tells; None if they are lost."""
-    if func in LOOKUPS:
-        return owner.view(*owner.shape, *[1] * (out.ndim - owner.ndim))
-    if func in MADE:
-        return owner if out.shape == x.shape else None
-    if func in PRODUCTS:
-        contracted = x.ndim - 1 if args and args[0] is x else max(x.ndim - 2, 0)
-        if owner.shape[contracted] > 1:
-            return None
-        return owner.view([1] * (out.ndim - owner.ndim) + list(owner.shape))
-    over = along(func, args, kwargs, x)
-    if over is not None:
-        for d in sorted(over, reverse=True):
-            first = owner.narrow(d, 0, 1)
-            if owner.shape[d] > 1 and not bool((owner == first).all()):
-                return None
-            owner = first if out.ndim >= x.ndim else first.squeeze(d)
-        return owner
-    if out.ndim < x.ndim or (func in MIXERS and not _apart(func, args, kwargs, x, owner)):
-        return None
-    owner = owner.view([1] * (out.ndim - owner.ndim) + list(owner.shape))
-    fits = all(a in (1, b) for a, b in zip(owner.shape, out.shape, strict=True))
-    return owner if fits else None
 
 
 def all_same(owners: list[Tensor]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.function_kinds import ALONG, CLASSES, LOSSES, REDUCE, along, is_pointwise
+from fastgrad.function_kinds import ALONG, CLASSES, LOSSES, REDUCE, VECTORS, along, is_pointwise
 from fastgrad.ownership import MANY, NONE, Mark, functions, tensors_in
 
 UNLISTED = -3  # the function is not known here
@@ -31,20 +31,34 @@ def uniform(
     if rule is not None:
         x, dim = places[0]
         return rule(x, dim, *args[1:], **kwargs)
-    if func is torch.einsum:
-        return _einsum(args, places)
-    if is_pointwise(func, args):
-        return _only({aligned(x, d, out) for x, d in places})
-    if func in _EACH:
-        each = _EACH[func]
-        if len(args) > 1 and isinstance(args[0], Tensor) and args[0] is args[1]:
-            again = args[0].detach()  # the rules tell arguments apart by what they are
-            args = (args[0], again, *args[2:])
-            places += [(again, d) for x, d in places if x is args[0]][:1]
-        return _only({each(func, args, kwargs, x, d, out) for x, d in places})
     if func in RESHAPES or func in MADE:
         return _only({_kept(func, x, d, out, n) for x, d in places})
-    return UNLISTED
+    if func not in _EACH and not is_pointwise(func, args):
+        return UNLISTED
+    args, places = apart(args, places)
+    return _only({position(func, args, kwargs, x, d, out) for x, d in places})
+
+
+def apart(
+    args: tuple[Any, ...], places: list[tuple[Tensor, Any]]
+) -> tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]:
+    """A tensor that meets itself is two arguments: the rules tell these apart by what they are."""
+    if len(args) > 1 and isinstance(args[0], Tensor) and args[0] is args[1]:
+        again = args[0].detach()
+        twice = [(again, d) for x, d in places if x is args[0]][:1]
+        return (args[0], again, *args[2:]), places + twice
+    return args, places
+
+
+def position(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    """Where a dimension of one argument is in the result; ``NONE`` if it is gone, ``MANY.dim`` if
+    what lies along it meets, :data:`UNLISTED` if that is not known."""
+    if is_pointwise(func, args):
+        return aligned(x, dim, out)
+    rule = _EACH.get(func)
+    return UNLISTED if rule is None else rule(func, args, kwargs, x, dim, out)
 
 
 def _only(found: set[int]) -> int:
@@ -89,6 +103,10 @@ def _index(x: Tensor, dim: int, /, key: Any, *rest: Any) -> int:
     keys = key if isinstance(key, tuple) else (key,)
     if dim != 0 or any(isinstance(k, Tensor | list) for k in keys[:1]):
         return NONE  # rows are picked
+    if len([k for k in keys if isinstance(k, Tensor | list | int)]) > 1 and any(
+        isinstance(k, Tensor | list) for k in keys
+    ):
+        return NONE  # what is indexed apart from each other comes to the front
     if keys[0] is Ellipsis:
         taken = sum(k is not None for k in keys[1:])
         return 0 if taken < x.ndim else NONE
@@ -161,7 +179,6 @@ def _table() -> dict[Any, Callable[..., int]]:
 _RULES = _table()
 RESHAPES = functions("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as",
                      "reshape_as", "atleast_1d", "atleast_2d", "atleast_3d")  # fmt: skip
-LOOKUPS = functions("embedding", "one_hot")  # new dimensions come behind
 PRODUCTS = functions("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "mv", "dot", "vdot",
                      "grouped_mm", "_grouped_mm")  # fmt: skip
 MADE = functions("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like",
@@ -175,19 +192,6 @@ def _kept(func: Any, x: Tensor, dim: int, out: Tensor, n: int) -> int:
         whole = out.ndim > 0 and out.numel() == x.numel() and out.shape[0] % n == 0
         return 0 if dim == 0 and whole else NONE
     return dim if out.shape == x.shape else NONE
-
-
-def _einsum(args: tuple[Any, ...], known: list[tuple[Tensor, int]]) -> int:
-    equation, *operands = args
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
-        return NONE
-    left, right = equation.replace(" ", "").split("->")
-    found = set()
-    for term, operand in zip(left.split(","), list(tensors_in(operands)), strict=True):
-        for x, dim in known:
-            if x is operand:
-                found.add(right.find(term[dim]))
-    return _only(found)
 
 
 # -- functions of several tensors: where each one's position goes -----------------------------
@@ -241,10 +245,27 @@ def _bilinear(
     return dim if place >= 0 and dim < x.ndim - 1 else NONE
 
 
+def _rows(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    return dim if dim < x.ndim - 1 else NONE
+
+
 def _lookup(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
 ) -> int:
-    return dim if args and args[0] is x else NONE  # rows of an activation are picked
+    return dim if args and args[0] is x else MANY.dim  # rows of an activation are picked
+
+
+def _einsum(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
+) -> int:
+    equation, *operands = args
+    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+        return NONE
+    left, right = equation.replace(" ", "").split("->")
+    terms = zip(left.split(","), tensors_in(operands), strict=True)
+    return _only({right.find(term[dim]) for term, operand in terms if operand is x})
 
 
 def _outer(
@@ -300,6 +321,9 @@ def _convolution(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
 ) -> int:
     first = _place(args, kwargs, x, "input", "weight") == 0
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    if weight.ndim != x.ndim:
+        return NONE  # one picture without a dimension that counts
     return 0 if first and dim == 0 and x.ndim == out.ndim and x.shape[0] == out.shape[0] else NONE
 
 
@@ -354,6 +378,11 @@ def _attention(
 def _along(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
 ) -> int:
+    if func in _BROADCAST:  # the dimension is one of both together
+        full = max(t.ndim for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        over = along(func, args, kwargs, x.new_empty([1] * full))
+        place = dim + full - x.ndim
+        return NONE if over is None or place in over else place - sum(d < place for d in over)
     over = along(func, args, kwargs, x)
     if over is None or dim in over:
         return NONE
@@ -365,7 +394,12 @@ def _along(
 def _loss(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
 ) -> int:
-    if out.ndim == 0 or (func in CLASSES and dim == 1 and out.ndim < x.ndim):
+    scores = func in CLASSES and _place(args, kwargs, x, "input") == 0
+    if scores and (x.ndim == 1 or dim == 1):
+        return MANY.dim  # scores of classes, which compete
+    if func in VECTORS and (x.ndim == 1 or dim == x.ndim - 1) and x.ndim >= out.ndim:
+        return MANY.dim  # features, which make up one number
+    if out.ndim == 0:
         return NONE
     dropped = func in CLASSES and out.ndim < x.ndim and dim > 1
     place = dim - 1 if dropped else dim
@@ -379,6 +413,7 @@ def _each() -> dict[Any, Each]:
         _sum_of_products: ("addmm", "addmv", "baddbmm", "addbmm"),
         _linear: ("linear",),
         _bilinear: ("bilinear",),
+        _rows: ("multinomial",),
         _lookup: ("embedding", "one_hot"),
         _outer: ("outer", "ger"),
         _inner: ("inner",),
@@ -386,7 +421,7 @@ def _each() -> dict[Any, Each]:
         _over_features: ("layer_norm", "rms_norm"),
         _leading: ("group_norm", "instance_norm", "batch_norm", "interpolate", "upsample",
                    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sample",
-                   "affine_grid", "fold", "local_response_norm", "multinomial"),
+                   "affine_grid", "fold", "local_response_norm"),
         _pool: tuple(f"{kind}_pool{d}d" for d in (1, 2, 3) for kind in (
             "max", "avg", "lp", "adaptive_avg", "adaptive_max")),
         _convolution: tuple(f"conv{t}{d}d" for d in (1, 2, 3) for t in ("", "_transpose")),
@@ -399,12 +434,14 @@ def _each() -> dict[Any, Each]:
         _attention: ("scaled_dot_product_attention",),
     }  # fmt: skip
     table: dict[Any, Each] = {f: rule for rule, names in rules.items() for f in functions(*names)}
+    table[torch.einsum] = _einsum
     table |= dict.fromkeys((*ALONG, *REDUCE), _along)
     table |= dict.fromkeys(LOSSES, _loss)
     return table
 
 
+_BROADCAST = functions("cosine_similarity", "pairwise_distance")
 _ADDS_BATCH, _STACKS, _NARROW = functions("addbmm"), functions("stack"), functions("narrow")
 _EACH = _each()
 # all that have rules here
-BY_RULE = {*_RULES, *_EACH, torch.einsum} | RESHAPES | MADE
+BY_RULE = {*_RULES, *_EACH} | RESHAPES | MADE

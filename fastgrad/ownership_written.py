@@ -38,6 +38,7 @@ def written(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     known: list[tuple[Tensor, Mark]],
+    out: Any,
     n: int,
 ) -> tuple[Mark | None, bool]:
     """The mark after ``func`` has written, None if it is as it was; and whether rows of different
@@ -47,6 +48,8 @@ def written(
     source = _source(func, args, kwargs)
     ours = marks.get(id(x))
     theirs = None if not isinstance(source, Tensor) else marks.get(id(source))
+    if isinstance(out, Tensor) and out.shape != x.shape:  # broadcast as well
+        return NOBODY, False
     if theirs is None:
         return ours, False
     blank = ours is None or ours.blank or (not ours.owned and not x.requires_grad)

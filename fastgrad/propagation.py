@@ -63,7 +63,7 @@ def propagate(
     if not known:
         return False
     if func in WRITES:
-        found, mixed = written(func, args, kwargs, known, n)
+        found, mixed = written(func, args, kwargs, known, out, n)
         if found is not None:
             mark(target_of(func, args, out), batch, found)
         return mixed and n > 1
@@ -138,8 +138,9 @@ def _found(
     if left and (not simple or func in PICKS):
         new = explicit(func, args, kwargs, known, outs, n)
         for i in left:
-            if i < len(new) and new[i] is not None:
-                found[i] = new[i] or NOBODY
+            if i < len(new) and (now := new[i]) is not None:
+                mixed |= now.many
+                found[i] = now
     lost = any(not m.owned for m in found)
     mixed |= lost and func in MIXERS
     if func in RANKS and not simple:  # rows keep their owners, but others decide which they are
