@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from fastgrad.checkpoints import under_checkpoint
 from fastgrad.derived import Root, kept_from_checkpoints, may_have_roots, roots_of, set_derived
 from fastgrad.handlers import HANDLERS, ownership
 from fastgrad.one_by_one import one_by_one
@@ -55,6 +56,7 @@ class TapMode(TorchFunctionMode):
         batch = self.batch()
         if batch is None or func in _QUESTIONS:
             return func(*args, **kwargs)
+        under_checkpoint(batch)
         if not torch.is_grad_enabled():  # a reentrant checkpoint: only whose rows are whose counts
             out = func(*args, **kwargs)
             propagate(func, args, kwargs, out, batch.index, batch.n_examples)
