@@ -74,10 +74,12 @@ def roots_of(tensor: Tensor, batch: Batch) -> tuple[Root, ...]:
     if made is None:
         return ()
     if isinstance(made, _Lookup):
-        own = Root(made.record, tensor, made.ids, made.padding)
-        return (own,) if made.record.batch is batch else ()
-    if made[0].record.batch is not batch:
-        return ()
+        made = (Root(made.record, tensor, made.ids, made.padding),)
+    first = made[0].record.batch
+    if first is not batch:  # made of parameters alone, it serves each forward pass
+        if first.targets is not batch.targets:
+            return ()
+        made = tuple(r._replace(record=batch.record_of(r.record.target)) for r in made)
     onward = getattr(tensor, _ONWARD, None)
     if onward is None:
         return made

@@ -378,6 +378,7 @@ class Probe:
             owner,
             self._take_ids(n),
             again=self._under_way.computing_again,
+            earlier={b.index: weakref.ref(b) for b in self._pending},
         )
         for tensor in inputs:
             if owner is None:

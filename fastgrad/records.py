@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastgrad.blocks import BlockGrid
 from fastgrad.cross_terms import Factors, Lookup, Together
-from fastgrad.ownership import Mark
+from fastgrad.ownership import Mark, foreign, marked
 from fastgrad.regions import Region, whole
 from fastgrad.rows import Rows, wide, wide_dtype
 from fastgrad_kernels import ops
@@ -466,6 +466,8 @@ class Batch:
     recomputed: set[int] = field(default_factory=set)
     records: WeakValueDictionary[str, ParamRecord] = field(default_factory=WeakValueDictionary)
     arrived: dict[str, ParamRecord] = field(default_factory=dict)
+    # earlier forward passes whose backward pass had not come when this one began
+    earlier: Mapping[int, ref[Batch]] = field(default_factory=dict)
     known_rows: dict[tuple[object, ...], tuple[Tensor, Rows]] = field(default_factory=dict)
 
     def forget(self) -> None:
@@ -474,10 +476,31 @@ class Batch:
             record.forget()
         self.arrived.clear()
 
+    def meant_by(self, tensors: Sequence[Tensor]) -> Batch:
+        """The batch whose activations a function is given, the latest if there are several: a loss
+        may be computed after the next forward pass, with parameters in it."""
+        return max(self.makers(tensors), key=lambda batch: batch.index)
+
+    def makers(self, tensors: Sequence[Tensor]) -> list[Batch]:
+        """The batches whose forward passes made the activations among ``tensors``; this one if
+        there are none."""
+        if not self.earlier:
+            return [self]
+        found = {}
+        for tensor in tensors:
+            if not tensor.requires_grad:
+                continue
+            if marked(tensor, self.index) is not None:
+                found[self.index] = self
+            elif (other := foreign(tensor, self.index)) is not None and other.batch in self.earlier:
+                found[other.batch] = self.earlier[other.batch]() or self
+        return list(found.values()) or [self]
+
     def lookup(self, tensor: Tensor) -> ParamRecord | None:
         target = self.targets.get(id(tensor))
-        if target is None:
-            return None
+        return None if target is None else self.record_of(target)
+
+    def record_of(self, target: Target) -> ParamRecord:
         record = self.records.get(target.name)
         if record is None:
             record = self.records[target.name] = ParamRecord(target, self)

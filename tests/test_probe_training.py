@@ -564,3 +564,85 @@ def test_parameters_under_vmap_inside_the_model_are_missing():
         for p, (name, q) in enumerate(model.named_parameters()):
             if name not in missing:
                 np.testing.assert_allclose(stats.T[p, j], float(q.grad.norm()), rtol=1e-4)
+
+
+# -- two forward passes before the backward pass -----------------------------------------
+
+
+class Encoder(nn.Module):
+    """With parameters that are used outside of its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.scale, self.table = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(5, 6))
+
+    def forward(self, x):
+        self.seen = x
+        return torch.tanh(self.body(x))
+
+
+def looked_up_once(model, outs):
+    table, outs = F.embedding(torch.tensor([4, 0, 4]), model.table), list(outs)
+    return [out * table + out for out in outs]
+
+
+def prepared_once(model, outs):
+    weight, outs = model.scale.exp(), list(outs)
+    return [out * weight + weight for out in outs]
+
+
+OUTSIDE = {
+    "head": lambda m, outs: [m.head(out) for out in outs],
+    "scale": lambda m, outs: [out * m.scale for out in outs],
+    "prepared": prepared_once,
+    "looked up": looked_up_once,
+    "flags of the last": lambda m, outs: [
+        m.head(out.masked_fill(m.seen.isnan(), 0)) for out in outs
+    ],
+    "several": lambda m, outs: [m.head(torch.tanh(m.head(out) * m.scale)) for out in outs],
+    "checkpoint": lambda m, outs: [
+        checkpoint(lambda v: torch.tanh(m.head(v)) * m.scale, out, use_reentrant=False)
+        for out in outs
+    ],
+    "backwards": lambda m, outs: [m.head(out) for out in list(outs)[::-1]][::-1],
+}
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+@pytest.mark.parametrize("n", [1, 3, 6])
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_parameters_that_several_passes_use_outside(outside, n, passes):
+    """Each use is of the pass whose activations it is given, though others came later."""
+    torch.manual_seed(0)
+    model, inputs = Encoder(), torch.randn(passes, n, 3, 6)
+    kinds = [torch.square, torch.cos, torch.exp][:passes]
+
+    def losses(found):
+        return [of(out).mean() for of, out in zip(kinds, found, strict=True)]
+
+    with fg.Probe(model, strict=True) as probe:
+        outs = [model(x) for x in inputs]
+        sum(losses(OUTSIDE[outside](model, outs))).backward()
+    stats = probe.stats()
+    assert not stats.meta["mixes_examples"]
+    for k, x in enumerate(inputs):
+        for j in range(n):
+            model.zero_grad(set_to_none=True)
+            alone = OUTSIDE[outside](model, [model(x[j : j + 1])])[0]
+            (kinds[k](alone).mean() / n).backward()
+            want = [0.0 if p.grad is None else float(p.grad.norm()) for p in model.parameters()]
+            np.testing.assert_allclose(stats.T[:, k * n + j], want, rtol=1e-4, atol=1e-7)
+
+
+def test_what_another_probe_saw_prepared_is_not_taken_for_this_ones():
+    torch.manual_seed(0)
+    model, x = Encoder(), torch.randn(3, 3, 6)
+    with fg.Probe(model):
+        model(x)
+        weight = model.scale.exp()
+    with fg.Probe(model, blocks="1x2") as probe:
+        (model(x) * weight).square().mean().backward()
+    coverage = probe.stats().coverage
+    assert coverage["scale"].status == "missing"
+    assert coverage["body.weight"].status == "exact"
