@@ -102,6 +102,32 @@ def test_gram_form_survives_cancellation(mean):
     assert error <= max(1e-4, 4 * plain)
 
 
+def test_pairs_of_one_input_are_shared_and_never_stale(monkeypatch):
+    """Query, key and value read one activation: its pairs are computed once, unless it changed."""
+    torch.manual_seed(0)
+    made = []
+    pairs = cpu._pairs
+    monkeypatch.setattr(cpu, "_pairs", lambda m, k: made.append(m) or pairs(m, k))
+    bounds = [0, 40, 80]
+    x = torch.randn(80, 24)
+
+    def right_for(left, right):
+        found = cpu.gram_norms(left, right, bounds)
+        want = reference.cross_influence(left, right, torch.tensor(bounds), 99, 99)[1][0]
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
+        count, made[:] = len(made), []
+        return count
+
+    assert right_for(torch.randn(80, 8), x) == 2
+    assert right_for(torch.randn(80, 16), x) == 1
+    assert right_for(torch.randn(80, 8), x.view(-1).view(80, 24)) == 1  # another view of the same
+    assert right_for(torch.randn(80, 8), x[:, :12]) == 2
+    x.mul_(2)
+    assert right_for(torch.randn(80, 8), x) == 2
+    for _ in range(20):  # new tensors at the address of old ones
+        assert right_for(torch.randn(80, 8), torch.randn(80, 24)) == 2
+
+
 def test_form_is_chosen_by_shape():
     assert cpu.prefer_gram(512, 512, 32, True)
     assert not cpu.prefer_gram(512, 512, 128, True)

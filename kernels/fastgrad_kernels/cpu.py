@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastgrad_kernels.layout import (
     NORM_CHUNK,
@@ -41,6 +42,8 @@ STRIPE_LIMIT = 2048
 GRAM_BREAK_EVEN = 23
 # A Gram sum below this share of its terms' magnitudes has lost more than three digits of seven.
 CANCELLED = 3e-3
+# Halves of an example's tokens below this length are not worth products of their own.
+GRAM_HALF = 16
 # The Gram form works on groups of examples with at most this many token pairs at once.
 GRAM_PAIR_LIMIT = 1 << 22
 
@@ -99,13 +102,14 @@ def gram_norms(left: Tensor, right: Tensor, bounds: Sequence[int]) -> Tensor:
     if length is not None:
         if length == 0:
             return left.new_zeros(n)
-        a = left[bounds[0] : bounds[-1]].unflatten(0, (n, length))
-        g = right[bounds[0] : bounds[-1]].unflatten(0, (n, length))
         step = max(1, GRAM_PAIR_LIMIT // (length * length))
-        parts = [_gram(a[s : s + step], g[s : s + step]) for s in range(0, n, step)]
+        parts = []
+        for s in range(0, n, step):
+            rows = slice(bounds[s], bounds[min(s + step, n)])
+            parts.append(_gram(left[rows], right[rows], length))
         sq, size = (torch.cat(p) for p in zip(*parts, strict=True))
     else:
-        pairs = [_gram(left[None, s:e], right[None, s:e]) for s, e in pairwise(bounds)]
+        pairs = [_gram(left[s:e], right[s:e], e - s) for s, e in pairwise(bounds)]
         sq, size = (torch.cat(p) for p in zip(*pairs, strict=True))
     for j in (sq < CANCELLED * size).nonzero().flatten().tolist():
         s, e = bounds[j], bounds[j + 1]
@@ -113,11 +117,54 @@ def gram_norms(left: Tensor, right: Tensor, bounds: Sequence[int]) -> Tensor:
     return sq
 
 
-def _gram(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and sum of magnitudes of the token-by-token products, ``[n]`` each."""
-    pairs = torch.bmm(left, left.transpose(1, 2))
-    pairs.mul_(torch.bmm(right, right.transpose(1, 2)))
-    return pairs.sum((1, 2)), pairs.abs_().sum((1, 2))
+def _gram(left: Tensor, right: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Sum and sum of magnitudes of the token-by-token products, ``[n]`` each, of ``[n·length,
+    features]``."""
+    n = left.shape[0] // length if length else 1
+    total = size = left.new_zeros(n)
+    inputs, own = _INPUTS.pairs(right, length), _pairs(left, length)
+    for weight, a, b in zip((1, 2), inputs, own, strict=True):
+        b = b.mul_(a).view(n, -1)
+        total, size = total + weight * b.sum(1), size + weight * b.abs_().sum(1)
+    return total, size
+
+
+def _pairs(matrix: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Products of the tokens of each example with one another. Each pair counts twice, so those
+    between the first and the second half of the tokens (second result) are computed once."""
+    half = length // 2
+    if length % 2 or length < 2 * GRAM_HALF:
+        x = matrix.unflatten(0, (-1, max(length, 1))) if length else matrix[None]
+        return torch.bmm(x, x.transpose(1, 2)), matrix.new_zeros(len(x), 0)
+    x = matrix.unflatten(0, (-1, half))
+    within = torch.bmm(x, x.transpose(1, 2))
+    x = x.unflatten(0, (-1, 2))
+    return within, torch.bmm(x[:, 0], x[:, 1].transpose(1, 2))
+
+
+class _Latest:
+    """The pairs of the latest input. The layers that read one activation (query, key and value)
+    come one after the other in the backward pass, and these pairs are half of the Gram form's
+    work."""
+
+    def __init__(self) -> None:
+        self._known: tuple[StorageWeakRef, tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+
+    def pairs(self, matrix: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        key = (
+            matrix.data_ptr(), matrix.shape, matrix.stride(), matrix.dtype, length,
+            0 if matrix.is_inference() else matrix._version,
+        )  # fmt: skip
+        known = self._known
+        # a storage that is gone may have left its address to another
+        if known is not None and known[1] == key and not known[0].expired():
+            return known[2]
+        pairs = _pairs(matrix, length)
+        self._known = StorageWeakRef(matrix.untyped_storage()), key, pairs
+        return pairs
+
+
+_INPUTS = _Latest()
 
 
 def gram_products(left1: Tensor, right1: Tensor, left2: Tensor, right2: Tensor) -> Tensor:
