@@ -105,7 +105,7 @@ LOSSES = CLASSES | VECTORS | functions(
 # A sum over examples of what each gives: the gradient is a sum as well.
 SUMS = functions("sum", "mean", "nansum", "nanmean") | LOSSES
 # What picks or ranks elements by their values makes the result depend on all of them.
-RANKS = functions("sort", "topk", "kthvalue", "msort")
+RANKS = functions("sort", "argsort", "topk", "kthvalue", "msort")
 _REARRANGE = functions(
     "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
     "permute", "transpose", "expand", "expand_as", "stack", "cat", "concat", "concatenate",
@@ -114,7 +114,7 @@ _REARRANGE = functions(
     "atleast_1d", "movedim", "index_select", "gather", "take", "hstack", "vstack", "dstack",
 )  # fmt: skip
 # Linear in all that they are given, so a sum over examples stays one.
-LINEAR = SUMS | _REARRANGE | functions(
+LINEAR = (SUMS - LOSSES) | _REARRANGE | functions(
     "add", "add_", "sub", "sub_", "subtract", "neg", "negative", "positive", "rsub", "zeros_like",
     "ones_like", "empty_like", "full_like", "__add__", "__radd__", "__sub__", "__rsub__",
     "__iadd__", "__isub__", "__neg__", "__pos__", "requires_grad_", "retain_grad",
@@ -132,8 +132,9 @@ PRODUCTS_OF_TWO = functions(
 # Where examples meet, unless their dimension is one that the function leaves apart.
 MIXERS = (set(ALONG) | set(REDUCE) | functions(
     "layer_norm", "rms_norm", "group_norm", "instance_norm", "scaled_dot_product_attention",
-    "cdist", "msort", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-    "conv_transpose3d", "interpolate", "fold", "grid_sample", "local_response_norm",
+    "cdist", "msort", "tensordot", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+    "conv_transpose2d", "conv_transpose3d", "interpolate", "fold", "grid_sample",
+    "local_response_norm",
     *(f"{kind}_pool{d}d" for d in (1, 2, 3) for kind in (
         "max", "avg", "lp", "adaptive_avg", "adaptive_max")),
 )) - SUMS  # fmt: skip

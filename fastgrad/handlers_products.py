@@ -38,6 +38,8 @@ def product(batch: Batch, x: Tensor, weight: Tensor, bias: Tensor | None, transp
         sinks[0].expect_product(weight)
     if sinks[1] is not None and bias is not None:
         sinks[1].expect_dense(bias)
+    if not torch.is_autocast_enabled(x.device.type):
+        return LinearTap.apply(x, weight, bias, transposed, rows, *sinks)
     x, weight, bias = cast(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return LinearTap.apply(x, weight, bias, transposed, rows, *sinks)

@@ -37,6 +37,8 @@ class Mark(NamedTuple):
     batch: int = 0  # number of the forward pass; the mark of another one says nothing
     live: bool = False  # depends on parameters, although no gradient flows through it any more
     blank: bool = False  # a constant in the shape of what belongs to examples: a hint, no more
+    several: bool = False  # made of several forward passes, in whose examples batches meet
+    met: bool = False  # examples have met in it, or in what it was made of
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Saved with a tensor, a mark is nothing: files stay free of this library's classes."""
@@ -62,19 +64,27 @@ class Mark(NamedTuple):
 
 NOBODY = Mark(NONE)
 MANY = Mark(_MANY)
+SEVERAL = Mark(_MANY, several=True)
 
 
 @lru_cache(maxsize=64)
-def _stamped(dim: int, batch: int, live: bool, blank: bool) -> Mark:
+def stamped(
+    dim: int,
+    batch: int,
+    live: bool = False,
+    blank: bool = False,
+    several: bool = False,
+    met: bool = False,
+) -> Mark:
     """One object for all tensors that say the same: hundreds of small ones in each forward pass
     would keep Python's garbage collector busy."""
-    return Mark(dim, None, batch, live, blank)
+    return Mark(dim, None, batch, live, blank, several, met)
 
 
 def mark(tensor: Tensor, batch: int, found: Mark) -> None:
     if found.batch != batch:
         if found.owner is None:
-            found = _stamped(found.dim, batch, found.live, found.blank)
+            found = stamped(found.dim, batch, *found[3:])
         else:
             found = found._replace(batch=batch)
     tensor._fastgrad_examples = found  # type: ignore[attr-defined]

@@ -255,7 +255,7 @@ def _through(
     size = [1] * out.ndim
     for d, place in places.items():
         size[place] = owner.shape[d]
-    return owner.permute(*order, *rest).reshape(size)
+    return owner.permute([*order, *rest]).reshape(size)
 
 
 def merged(owners: list[Tensor]) -> Tensor | None:

@@ -35,6 +35,8 @@ def uniform(
         return _only({_kept(func, x, d, out, n) for x, d in places})
     if func not in _EACH and not is_pointwise(func, args):
         return UNLISTED
+    if func is torch.einsum and len(_letters(args, places)) > 1:
+        return MANY.dim
     args, places = apart(args, places)
     return _only({position(func, args, kwargs, x, d, out) for x, d in places})
 
@@ -255,6 +257,17 @@ def _lookup(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
 ) -> int:
     return dim if args and args[0] is x else MANY.dim  # rows of an activation are picked
+
+
+def _letters(args: tuple[Any, ...], places: list[tuple[Tensor, int]]) -> set[str]:
+    """What an einsum calls the examples' dimension, for each operand that has one."""
+    equation, *operands = args
+    if not isinstance(equation, str) or "." in equation:
+        return set()
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    known = {id(x): d for x, d in places}
+    pairs = zip(terms, tensors_in(operands), strict=True)
+    return {term[known[id(t)]] for term, t in pairs if id(t) in known}
 
 
 def _einsum(

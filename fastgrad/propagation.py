@@ -21,11 +21,13 @@ from fastgrad.ownership import (
     MANY,
     NOBODY,
     NONE,
+    SEVERAL,
     Mark,
     foreign,
     functions,
     mark,
     marked,
+    stamped,
     tensors_in,
 )
 from fastgrad.ownership_explicit import PICKS, explicit
@@ -55,6 +57,8 @@ def propagate(
     if known and func in _SIMPLE and isinstance(out, Tensor):  # nearly all functions
         x, first = known[0]
         same = first.dim >= 0 and out.ndim == x.ndim and out.shape[first.dim] == x.shape[first.dim]
+        if len(known) < len(tensors):
+            same = same and all(foreign(t, batch) is None for t in tensors)
         if same and all(m is first and t.ndim == x.ndim for t, m in known[1:]):
             if not any(out is t for t in tensors):
                 mark(out, batch, first)
@@ -62,6 +66,20 @@ def propagate(
     known += [(t, m) for t in tensors if (m := foreign(t, batch)) is not None]
     if not known:
         return False
+    active = [(t, m) for t, m in known if t.requires_grad or m.live]
+    if len({m.batch for _, m in active if m.owned or m.many}) > 1:
+        # Of what comes of that no batch can say whose it is. Sums, and what lies side by side, do
+        # not yet make one example's loss depend on those of another forward pass.
+        target = target_of(func, args, out) if func in WRITES else out
+        for tensor in tensors_in((target,)):
+            mark(tensor, batch, SEVERAL)
+        return not _stays_a_sum(func, args, [t for t, _ in active])
+    plain = func in _ONE_PLACE and isinstance(out, Tensor) and out.requires_grad
+    if plain and all(m.owner is None and m.dim >= 0 and not m.met for _, m in known):
+        dim = uniform(func, args, kwargs, known, out, n)  # nearly all others
+        if dim >= 0:
+            mark(out, batch, stamped(dim, batch))
+            return False
     if func in WRITES:
         found, mixed = written(func, args, kwargs, known, out, n)
         if found is not None:
@@ -72,17 +90,24 @@ def propagate(
         return False
     in_place = isinstance(out, Tensor) and any(out is t for t in tensors)
     outs = [out] if in_place else tensors_in((out,))
-    active = [t for t, m in known if t.requires_grad or m.live]
-    many = any(m.many and (t.requires_grad or m.live) for t, m in known)
+    many = any(m.many for _, m in active)
+    several = any(m.several for _, m in active)
+    moving = [t for t, _ in active]
+    met = any(m.met for _, m in known)
+    # what has a gradient was reported where it met others
+    hidden = any(m.met and not t.requires_grad for t, m in known)
     if not any(m.owned for _, m in known):
+        lost = SEVERAL if several else MANY if many else NOBODY
+        mixed = (n > 1 or several) and many and not _stays_a_sum(func, args, moving)
         for tensor in outs:
-            _mark(tensor, batch, MANY if many else NOBODY, active)
-        return n > 1 and many and not _stays_a_sum(func, args, active)
+            _mark(tensor, batch, lost, moving, mixed or met)
+        return mixed or hidden
     found_marks, mixed = _found(func, args, kwargs, known, outs, n)
+    mixed = (n > 1 and bool(active) and (many or mixed)) or several
     for tensor, new in zip(outs, found_marks, strict=True):
         lost = MANY if active and (tensor.is_floating_point() or tensor.is_complex()) else NOBODY
-        _mark(tensor, batch, new if new.owned else lost, active)
-    return n > 1 and bool(active) and (many or mixed)
+        _mark(tensor, batch, new if new.owned else lost, moving, mixed or met)
+    return mixed or hidden
 
 
 _NORMS = functions("batch_norm")
@@ -90,9 +115,15 @@ _NORMS = functions("batch_norm")
 _SIMPLE = POINTWISE - DETACHES - WRITES - MADE
 
 
-def _mark(tensor: Tensor, batch: int, found: Mark, active: list[Tensor]) -> None:
+# Functions of one result that are what they are whatever their other arguments say.
+_ONE_PLACE = BY_RULE - MADE - RANKS - WRITES - _NORMS
+
+
+def _mark(
+    tensor: Tensor, batch: int, found: Mark, active: list[Tensor], met: bool = False
+) -> None:
     live = bool(active) and not tensor.requires_grad and tensor.is_floating_point()
-    mark(tensor, batch, Mark(found.dim, found.owner, 0, live))
+    mark(tensor, batch, Mark(found.dim, found.owner, 0, live, False, found.several, met))
 
 
 def _made(
@@ -143,9 +174,9 @@ def _found(
                 found[i] = now
     lost = any(not m.owned for m in found)
     mixed |= lost and func in MIXERS
-    if func in RANKS and not simple:  # rows keep their owners, but others decide which they are
+    if func in RANKS:  # rows keep their owners, but others decide which they are
         mixed |= any(
-            m.owner is not None and m.owner.shape[d] > 1
+            d == m.dim or (m.owner is not None and m.owner.shape[d] > 1)
             for x, m in known
             for d in along(func, args, kwargs, x) or ()
         )

@@ -23,7 +23,7 @@ modules that are used twice and weights shared by several modules need no specia
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class TapMode(TorchFunctionMode):
         tensors = tensors_in(args)
         if kwargs:
             tensors_in(kwargs.values(), tensors)
+        batch = batch.meant_by(tensors)
         out = NotImplemented
         if not any(may_have_roots(t, batch) for t in tensors):
             out = func(*args, **kwargs)
@@ -73,16 +74,17 @@ class TapMode(TorchFunctionMode):
             roots = [(t, r) for t in tensors if (r := roots_of(t, batch))]
             out = _general(batch, func, args, kwargs, roots) if roots else func(*args, **kwargs)
         if propagate(func, args, kwargs, out, batch.index, batch.n_examples, tensors):
-            _report(batch, func, out)
+            _report(batch.makers(tensors), func, out)
         return out
 
 
-def _report(batch: Batch, func: Any, out: Any) -> None:
+def _report(batches: Sequence[Batch], func: Any, out: Any) -> None:
     """Examples met in a function: that counts if a gradient flows through it."""
     name = resolve_name(func) or str(func)
 
     def hook(grad: Tensor) -> None:
-        batch.mixing.add(name)
+        for batch in batches:
+            batch.mixing.add(name)
 
     for tensor in tensors_in((out,)):
         if tensor.requires_grad:

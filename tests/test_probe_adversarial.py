@@ -315,6 +315,75 @@ def test_backward_hooks_of_the_user(hook):
     assert_exact(model, *data(3, 3), strict=True)
 
 
+# -- losses that are no sum over examples, and such that are -------------------------------
+
+
+def of_rows(f):
+    """A loss of each row's own, ``[4]``."""
+    return lambda o: f(o.square().mean(1))
+
+
+def _standardised(rows):
+    with torch.no_grad():
+        return (rows - rows.mean()) / rows.std()
+
+
+MEETING = {
+    "above the mean": of_rows(lambda r: (r * (r > r.mean())).mean()),
+    "picked above": of_rows(lambda r: r[r > r.mean()].mean()),
+    "where above": of_rows(lambda r: torch.where(r > r.median(), r, 0 * r).mean()),
+    "share": of_rows(lambda r: (r * r.detach() / r.detach().sum()).sum()),
+    "softmax": of_rows(lambda r: (r * r.detach().softmax(0)).sum()),
+    "centred": of_rows(lambda r: (r * (r - r.mean()).detach()).mean()),
+    "standardised": of_rows(lambda r: (r * _standardised(r)).mean()),
+    "ranks": of_rows(lambda r: (r * r.argsort().argsort().float()).mean()),
+    "exponential": of_rows(lambda r: r.mean().exp()),
+    "maximum": of_rows(lambda r: r.max()),
+    "logsumexp": of_rows(lambda r: r.logsumexp(0)),
+    "product": of_rows(lambda r: r.prod()),
+    "norm": lambda o: o.norm(),
+    "covariance": lambda o: torch.cov(o.T).square().sum(),
+    "singular values": lambda o: torch.linalg.svdvals(o).sum(),
+    "pairs": lambda o: F.pdist(o).mean(),
+    "all pairs": lambda o: torch.einsum("bi,ci->", o, o),
+    "pairs in a matrix": lambda o: torch.einsum("bi,ci->bc", o, o).square().mean(),
+    "loss of means": lambda o: F.mse_loss(o.mean(0), torch.zeros(5)),
+    "weights": lambda o: (lambda w: (w * o.square().mean(1)).sum() / w.sum())(o.sigmoid()[:, 0]),
+}
+APART = {
+    "squares": lambda o: o.square().mean(),
+    "cross entropy": lambda o: F.cross_entropy(o, torch.arange(4)),
+    "smoothed": lambda o: F.cross_entropy(o, torch.arange(4), label_smoothing=0.1),
+    "weighted classes": lambda o: F.cross_entropy(o, torch.arange(4), weight=torch.rand(5)),
+    "binary": lambda o: F.binary_cross_entropy_with_logits(o, torch.rand(4, 5)),
+    "masked": lambda o: (lambda m: (o.square().mean(1) * m).sum() / m.sum())(torch.eye(4)[0]),
+    "counted": lambda o: o.square().sum() / o.numel() * 3 - 1,
+    "mean of means": lambda o: o.square().mean(0).mean()[None].sum(),
+    "two terms": lambda o: o.square().mean() + 0.1 * o.abs().mean(),
+    "own products": lambda o: torch.einsum("bi,bi->", o, o),
+    "best class": lambda o: o.max(1)[0].mean() + o.topk(2, 1)[0].sum(),
+    "logged": lambda o: (lambda m: (m, m.detach().exp(), m.item())[0])(o.square().mean()),
+}
+
+
+def met(loss):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    with fg.Probe(model, strict=True) as probe:
+        loss(model(torch.randn(4, 6))).backward()
+    return probe.stats().meta["mixes_examples"]
+
+
+@pytest.mark.parametrize("loss", MEETING)
+def test_losses_in_which_examples_meet_are_reported(loss):
+    assert met(MEETING[loss])
+
+
+@pytest.mark.parametrize("loss", APART)
+def test_losses_that_sum_over_examples_are_not(loss):
+    assert not met(APART[loss])
+
+
 # -- what went wrong once ------------------------------------------------------------------
 
 

@@ -646,3 +646,56 @@ def test_what_another_probe_saw_prepared_is_not_taken_for_this_ones():
     coverage = probe.stats().coverage
     assert coverage["scale"].status == "missing"
     assert coverage["body.weight"].status == "exact"
+
+
+MEETING = {
+    "difference": lambda m, a, b: (a - b).square().mean(),
+    "cosine": lambda m, a, b: F.cosine_similarity(a, b).mean(),
+    "contrastive": lambda m, a, b: F.cross_entropy(a[:, 0] @ b[:, 0].T, torch.arange(len(a))),
+    "loss": lambda m, a, b: F.mse_loss(a, b),
+    "triplet": lambda m, a, b: F.triplet_margin_loss(a, b, b.flip(0)),
+    "weight": lambda m, a, b: (a * b.mean()).sum(),
+    "ratio": lambda m, a, b: -F.logsigmoid(a.sum(1) - b.sum(1)).mean(),
+    "side by side": lambda m, a, b: torch.cat([a, b]).std(0).sum(),
+    "written": lambda m, a, b: (
+        torch.zeros_like(b).index_add(0, torch.arange(len(a)), a).mul(b).sum()
+    ),
+}
+APART = {
+    "sum": lambda m, a, b: a.square().mean() + b.cos().mean(),
+    "critic": lambda m, a, b: (a - b).mean(),
+    "means": lambda m, a, b: a.square().mean() - b.square().mean(),
+    "losses": lambda m, a, b: torch.stack([a.square().mean(), b.cos().mean()]).mean(),
+    "target": lambda m, a, b: (a.detach() - b).square().mean(),
+}
+
+
+def met(loss, n):
+    torch.manual_seed(0)
+    model = Encoder()
+    with fg.Probe(model) as probe:
+        a, b = model(torch.randn(n, 3, 6)), model(torch.randn(n, 3, 6))
+        model(torch.randn(n, 3, 6))  # another one, whose backward pass never comes
+        loss(model, a, b).backward()
+    stats = probe.stats()
+    assert {stats.coverage[f"body.{n}"].status for n in ("weight", "bias")} == {"exact"}
+    return stats
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("loss", MEETING)
+def test_examples_of_two_passes_that_meet(loss, n):
+    assert met(MEETING[loss], n).meta["mixes_examples"]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("loss", APART)
+def test_examples_of_two_passes_that_do_not_meet(loss, n):
+    assert not met(APART[loss], n).meta["mixes_examples"]
+
+
+@pytest.mark.parametrize("join", [torch.sub, torch.mul, lambda a, b: torch.cat([a, b])])
+def test_parameters_that_are_given_two_passes_at_once_are_missing(join):
+    stats = met(lambda m, a, b: m.head(join(a, b)).square().mean(), 4)
+    missing = {n for n, c in stats.coverage.items() if c.status == "missing"}
+    assert missing == {"head.weight", "head.bias"}
