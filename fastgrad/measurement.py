@@ -19,12 +19,12 @@ from fastgrad.stats import Coverage
 from fastgrad.stats_shards import ShardWriter
 from fastgrad.transfer import Transfer
 from fastgrad_kernels import ops
-from fastgrad_kernels.layout import block_sums, matrix_view, sum_of_squares
+from fastgrad_kernels.layout import bare, block_sums, matrix_view, sum_of_squares
 
 
 def squared_blocks(grad: Tensor, grid: BlockGrid) -> Tensor:
     """``[n_blocks]`` squared sums of a gradient, NaN where it is not finite."""
-    matrix = matrix_view(grad.detach())
+    matrix = matrix_view(bare(grad))
     if grid.is_whole and not grad.is_cuda:
         return sum_of_squares(matrix).view(1)
     if matrix.is_complex():
@@ -248,7 +248,9 @@ class Measurement:
             if result is None:
                 continue
             values, products = result
-            found = [transfer(values.sum(0, dtype=float64)), transfer(products)]
+            one = values.shape[0] == 1
+            total = values.reshape(-1) if one else values.sum(0, dtype=float64)
+            found = [transfer(total), transfer(products)]
             if name in self.detail and not target.grid.is_whole:
                 found.append(transfer(values.float()))
             keys[name] = tuple(found)
@@ -282,7 +284,7 @@ class Measurement:
         mean, total = factors(batch, self.settings.reduction, scale)
         return Column(
             batch.n_examples,
-            {name: transfer[k[0]] / divisor**2 for name, k in keys.items()},
+            {name: transfer[k[0]].astype(np.float64) / divisor**2 for name, k in keys.items()},
             {name: transfer[k[1]].astype(np.float64) / divisor for name, k in keys.items()},
             {name: transfer[k[2]] / divisor**2 for name, k in keys.items() if len(k) > 2},
             batch.label_tokens or [-1] * batch.n_examples,

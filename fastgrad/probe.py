@@ -69,7 +69,7 @@ from fastgrad.stats import GradientStats
 from fastgrad.stats_shards import ShardWriter
 from fastgrad.taps import TapMode
 from fastgrad.under_way import UnderWay, is_transformed
-from fastgrad_kernels.layout import sum_of_squares
+from fastgrad_kernels.layout import bare, sum_of_squares
 
 # Per-example gradients of parameters without a cheaper form are kept until the end of the backward
 # pass, [n_examples, *shape]: 64 MiB in float32. Above that it is no longer "almost free".
@@ -457,7 +457,7 @@ class Probe:
             assert self._pass is not None
             earlier = self._pass.get(target.name)
             sq = squared_blocks(grad, grid)
-            entries = grad.detach().reshape(-1)
+            entries = bare(grad).reshape(-1)
             record = self._record(target.name)
             checked = record is not None and target.self_check
             picked = entries[record.sample()] if record is not None and checked else sq[:0]
@@ -465,7 +465,7 @@ class Probe:
             alone = sum(b.n_examples for b in (*self._firing, *self._pending)) == 1
             dots = None
             if alone and target.directions is not None:
-                dots = target.directions.flatten(1) @ grad.detach().reshape(-1).float()
+                dots = target.directions.flatten(1) @ entries.float()
             self._pass[target.name] = Arrival(
                 sq, picked, narrow, grid.numel, 1 if earlier is None else 2, dots
             )

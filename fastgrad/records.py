@@ -29,7 +29,7 @@ from fastgrad.regions import Region, whole
 from fastgrad.rows import Rows, wide, wide_dtype
 from fastgrad_kernels import ops
 from fastgrad_kernels.dispatch import keep, upload
-from fastgrad_kernels.layout import block_sums
+from fastgrad_kernels.layout import bare, block_sums
 
 SAMPLE = 256  # entries compared by the self-check
 
@@ -135,7 +135,7 @@ class ParamRecord:
     ) -> Tensor:
         """A use whose gradient is ``leftᵀ right``, rows in example order; returns that gradient,
         rounded to ``dtype``."""
-        left, right = left.detach(), right.detach()
+        left, right = bare(left), bare(right)
         if self.batch.nested:
             return (wide(left).T @ wide(right)).to(dtype or left.dtype)
         self._arrived(left.dtype)
@@ -214,7 +214,7 @@ class ParamRecord:
         if self.batch.nested:
             return
         self._arrived(dtype or grad_out.dtype)
-        grad_out = grad_out.detach()
+        grad_out = bare(grad_out)
         grid, table = self.target.grid, self.table
         shared = self._overlapping(table)
         crossing = len(shared) > 1
@@ -256,7 +256,7 @@ class ParamRecord:
         if self.batch.nested:
             return
         self._arrived(dtype or per_example.dtype)
-        per_example = wide(per_example.detach())
+        per_example = wide(bare(per_example))
         self.dense = per_example if self.dense is None else self.dense + per_example
         self._check_in(lambda index: per_example.sum(0).reshape(-1)[index])
 
@@ -308,8 +308,11 @@ class ParamRecord:
 
     def _finish_dense(self, dense: Tensor) -> tuple[Tensor, Tensor]:
         grid, n = self.target.grid, dense.shape[0]
-        matrix = dense.reshape(n, grid.rows, grid.cols)
-        sq = block_sums(squares(matrix), grid.block_rows, grid.block_cols).T.contiguous()
+        if grid.is_whole:
+            sq = squares(dense.reshape(n, -1)).sum(1).unsqueeze(0)
+        else:
+            matrix = dense.reshape(n, grid.rows, grid.cols)
+            sq = block_sums(squares(matrix), grid.block_rows, grid.block_cols).T.contiguous()
         if self.target.directions is None:
             return sq, sq.new_zeros(0, n)
         directions = self.target.directions.to(dense.dtype).flatten(1)

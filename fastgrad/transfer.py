@@ -19,7 +19,8 @@ class Transfer:
         self._arrays: list[np.ndarray] = []
 
     def __call__(self, tensor: Tensor) -> int:
-        tensor = tensor.detach()
+        if tensor.requires_grad:
+            tensor = tensor.detach()
         if tensor.dtype in (torch.bfloat16, torch.float16):
             tensor = tensor.float()
         self._tensors.append(tensor)
@@ -33,10 +34,12 @@ class Transfer:
         arrays: list[np.ndarray] = [np.empty(0)] * len(self._tensors)
         for members in groups.values():
             tensors = [self._tensors[i] for i in members]
-            flat = torch.cat([t.reshape(-1) for t in tensors]).cpu().numpy()
-            ends = np.cumsum([t.numel() for t in tensors])
-            for i, part in zip(members, np.split(flat, ends[:-1]), strict=True):
-                arrays[i] = part.reshape(tuple(self._tensors[i].shape)).copy()
+            flat = torch.cat([t if t.ndim == 1 else t.reshape(-1) for t in tensors]).cpu().numpy()
+            start = 0
+            for i, t in zip(members, tensors, strict=True):
+                end = start + t.numel()
+                arrays[i] = flat[start:end].reshape(t.shape).copy()
+                start = end
         self._arrays, self._tensors = arrays, []
 
     def __getitem__(self, key: int) -> np.ndarray:

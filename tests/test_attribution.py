@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -257,3 +261,15 @@ def test_rows_written_back_must_be_their_owners():
         there = marked(fresh, 1).explicit(fresh, N).reshape(-1)
         assert there.tolist() == [-1 if i not in rows else int(number[[4, 0][rows.index(i)]])
                                   for i in range(6)]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_no_function_of_pytorch_is_misunderstood():
+    """Every function that PyTorch's own tests have inputs for: what the marks say of its results
+    is compared with what changes when one example does."""
+    pytest.importorskip("expecttest")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.attribution_oracle", "3"],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -106,6 +106,12 @@ def write_blocks_(
     return tensor.copy_(dense)
 
 
+def bare(tensor: Tensor) -> Tensor:
+    """Without its graph. Most tensors of a backward pass have none, and a view of each would cost
+    as much as what is done with it."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 NORM_CHUNK = 4096
 
 
@@ -127,7 +133,7 @@ def chunk_norms(flat: Tensor, out: Tensor) -> None:
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """Sum of squares of all elements, a float64 scalar; see :func:`chunk_norms`."""
-    x = tensor.detach()
+    x = bare(tensor)
     if x.is_complex():  # of the magnitudes
         x = torch.view_as_real(x.resolve_conj()).flatten()
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()

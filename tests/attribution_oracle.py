@@ -3,14 +3,19 @@
 One example's rows are changed: only what a mark says is that example's may change. Two examples'
 rows are changed: if the result is nobody's and no mixing was reported, it is a sum over examples,
 so both changes together are the sum of both.
+
+``python -m tests.attribution_oracle 4`` takes four inputs of each function in each situation, and
+prints what is wrong. It has a process of its own, since PyTorch's collection of inputs forbids all
+that runs beside it to set flags.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
+from itertools import islice
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -18,7 +23,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastgrad.ownership import NOBODY, Mark, mark, marked, tensors_in
 from fastgrad.propagation import propagate
 
-pytest.importorskip("expecttest")  # PyTorch's collection of inputs needs it
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.testing._internal.common_methods_invocations import op_db
@@ -33,7 +37,8 @@ SKIPPED = {
     "multinomial": "what it draws for a row depends on what it drew before",
     "lu_unpack": "crashes on factors that are not what lu_factor gave",
 }
-PLACES = [(arg, dim, explicit) for arg in (0, 1) for dim in (0, 1, -1) for explicit in (0, 1)]
+PLACES = [(arg, dim, explicit) for arg in (0, 1) for dim in (0, 1, -1)
+          for explicit in (False, True)]  # fmt: skip
 
 
 class Following(torch.overrides.TorchFunctionMode):
@@ -128,8 +133,8 @@ def _differ(a: Tensor, b: Tensor) -> Tensor:
     return ~torch.isclose(a, b, rtol=1e-9, atol=1e-10, equal_nan=True)
 
 
-def cases(op: Any, arg: int, dim: int, explicit: bool, at_most: int):
-    for sample in list(op.sample_inputs("cpu", torch.float64, requires_grad=False))[:at_most]:
+def cases(op: Any, samples: list[Any], arg: int, dim: int, explicit: bool):
+    for sample in samples:
         tensors = [t for t in tree_flatten(((sample.input, *sample.args), sample.kwargs))[0]
                    if isinstance(t, Tensor)]  # fmt: skip
         if len(tensors) <= arg:
@@ -137,20 +142,26 @@ def cases(op: Any, arg: int, dim: int, explicit: bool, at_most: int):
         x = tensors[arg]
         fits = x.is_floating_point() and x.ndim > max(dim, 0) and 2 <= x.shape[dim] <= 6
         if fits and x.numel() < 3000 and x.layout == torch.strided:
-            yield Case(op, sample, arg, dim, bool(explicit))
+            yield Case(op, sample, arg, dim, explicit)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("arg", "dim", "explicit"), PLACES)
-def test_no_function_is_misunderstood(arg, dim, explicit):
-    found, tried = [], 0
+def main(at_most: int) -> int:
+    found, tried = set(), 0
+    for op in op_db:
+        if torch.float64 not in op.dtypes or op.name in SKIPPED:
+            continue
+        samples = op.sample_inputs("cpu", torch.float64, requires_grad=False)
+        samples = list(islice(samples, 4 * at_most))
+        for place in PLACES:
+            for case in islice(cases(op, samples, *place), at_most):
+                tried += 1
+                found.update(case.problems())
+    print("\n".join(sorted(found)))
+    print(f"{tried} situations, {len(found)} misunderstood")
+    return 1 if found or tried < 2000 else 0
+
+
+if __name__ == "__main__":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for op in op_db:
-            if torch.float64 not in op.dtypes or op.name in SKIPPED:
-                continue
-            for case in cases(op, arg, dim, explicit, at_most=12):
-                tried += 1
-                found += case.problems()
-    assert not found, "\n".join(sorted(set(found)))
-    assert tried > (300 if arg else 900)
+        sys.exit(main(int(sys.argv[1])))
