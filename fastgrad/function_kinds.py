@@ -23,7 +23,7 @@ def _is_pointwise(name: str) -> bool:
 
 
 # also reductions, by other arguments
-_NOT = {"max", "min", "equal", "threshold", "prelu"}
+_NOT = {"max", "min", "equal", "prelu"}
 _BY_ELEMENT = (
     "clone", "contiguous", "to", "type", "type_as", "float", "half", "bfloat16", "double", "int",
     "long", "bool", "short", "byte", "char", "cfloat", "cdouble", "cpu", "cuda", "requires_grad_",
@@ -32,6 +32,7 @@ _BY_ELEMENT = (
     "relu", "relu6", "relu_", "relu6_", "elu_", "gelu", "silu", "mish", "selu", "hardswish",
     "hardsigmoid", "hardtanh", "logsigmoid", "softsign", "tanhshrink", "softshrink", "threshold",
     "leaky_relu", "rrelu", "sigmoid", "tanh", "softplus", "where", "masked_fill", "masked_fill_",
+    "normal", "poisson", "_standard_gamma", "binomial",
     "fill_", "zero_", "copy_", "bernoulli", "bernoulli_", "normal_", "uniform_", "isin", "isreal",
     "fix", "arccos", "arcsin", "arctan", "arctan2", "erfinv",
     "__and__", "__or__", "__xor__", "__invert__", "__floordiv__", "__mod__", "__rmod__",
@@ -95,7 +96,9 @@ REDUCE = _by_function(_REDUCE)
 REDUCE |= {getattr(torch.linalg, n): (2, "all") for n in ("norm", "vector_norm")}
 # Losses: of each row, then summed or averaged.
 CLASSES = functions("cross_entropy", "nll_loss", "multi_margin_loss", "multilabel_margin_loss")
-VECTORS = functions("cosine_embedding_loss", "triplet_margin_loss")
+VECTORS = functions(
+    "cosine_embedding_loss", "triplet_margin_loss", "triplet_margin_with_distance_loss"
+)
 LOSSES = CLASSES | VECTORS | functions(
     "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "kl_div",
     "binary_cross_entropy_with_logits", "poisson_nll_loss", "gaussian_nll_loss", "ctc_loss",
@@ -106,12 +109,19 @@ LOSSES = CLASSES | VECTORS | functions(
 SUMS = functions("sum", "mean", "nansum", "nanmean") | LOSSES
 # What picks or ranks elements by their values makes the result depend on all of them.
 RANKS = functions("sort", "argsort", "topk", "kthvalue", "msort")
+# Each row of the result stands for one example still, although others are in it.
+KEEPING = functions(
+    "softmax", "log_softmax", "softmin", "cumsum", "cumprod", "cumsum_", "cumprod_",
+    "logcumsumexp", "normalize", "gumbel_softmax",
+)  # fmt: skip
 _REARRANGE = functions(
     "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
     "permute", "transpose", "expand", "expand_as", "stack", "cat", "concat", "concatenate",
     "__getitem__", "select", "unbind", "__iter__", "chunk", "split", "contiguous", "clone", "to",
     "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda", "detach", "repeat",
-    "atleast_1d", "movedim", "index_select", "gather", "take", "hstack", "vstack", "dstack",
+    "atleast_1d", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "narrow", "broadcast_to",
+    "flip", "roll", "tensor_split", "sum_to_size", "cumsum", "broadcast_tensors",
+    "index_select", "gather", "take", "hstack", "vstack", "dstack",
 )  # fmt: skip
 # Linear in all that they are given, so a sum over examples stays one.
 LINEAR = (SUMS - LOSSES) | _REARRANGE | functions(
@@ -125,14 +135,14 @@ LINEAR |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 PRODUCTS_OF_TWO = functions(
     "mul", "mul_", "multiply", "div", "div_", "divide", "true_divide", "__mul__", "__rmul__",
     "__imul__", "__truediv__", "__itruediv__", "dot", "vdot", "inner", "outer", "mv", "mm",
-    "matmul", "__matmul__", "__rmatmul__", "bmm", "linear", "where", "masked_fill",
+    "matmul", "__matmul__", "bmm", "linear", "where", "masked_fill",
 )  # fmt: skip
 
 
 # Where examples meet, unless their dimension is one that the function leaves apart.
 MIXERS = (set(ALONG) | set(REDUCE) | functions(
     "layer_norm", "rms_norm", "group_norm", "instance_norm", "scaled_dot_product_attention",
-    "cdist", "msort", "tensordot", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+    "cdist", "msort", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose3d", "interpolate", "fold", "grid_sample",
     "local_response_norm",
     *(f"{kind}_pool{d}d" for d in (1, 2, 3) for kind in (

@@ -217,6 +217,9 @@ def _combined(
     if not found:
         return NOBODY
     if func in PRODUCTS:  # the rows of the first factor are the rows of the result
+        pairs_of_rows = len(found) > 1 and max(x.ndim for x, _ in pairs) < 3
+        if pairs_of_rows and merged([o for o, _ in found]) is None:
+            return MANY  # in attention over packed rows the mask keeps examples apart
         return _checked(found[0][0], out)
     together = merged([o for o, _ in found])
     if together is None:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.function_kinds import ALONG, CLASSES, LOSSES, REDUCE, VECTORS, along, is_pointwise
+from fastgrad.function_kinds import (
+    ALONG,
+    CLASSES,
+    KEEPING,
+    LOSSES,
+    REDUCE,
+    VECTORS,
+    along,
+    is_pointwise,
+)
 from fastgrad.ownership import MANY, NONE, Mark, functions, tensors_in
 
 UNLISTED = -3  # the function is not known here
@@ -30,7 +39,11 @@ def uniform(
     rule = _RULES.get(func)
     if rule is not None:
         x, dim = places[0]
-        return rule(x, dim, *args[1:], **kwargs)
+        if args and args[0] is x:
+            return rule(x, dim, *args[1:], **kwargs)
+        if kwargs.get("input") is x:
+            return rule(x, dim, *args, **{k: v for k, v in kwargs.items() if k != "input"})
+        return NONE
     if func in RESHAPES or func in MADE:
         return _only({_kept(func, x, d, out, n) for x, d in places})
     if func not in _EACH and not is_pointwise(func, args):
@@ -101,6 +114,9 @@ def _swap_last(x: Tensor, dim: int) -> int:
     return _swap(x, dim, -1, -2)
 
 
+_MASKS = (torch.bool, torch.uint8)
+
+
 def _index(x: Tensor, dim: int, /, key: Any, *rest: Any) -> int:
     keys = key if isinstance(key, tuple) else (key,)
     if dim != 0 or any(isinstance(k, Tensor | list) for k in keys[:1]):
@@ -110,7 +126,8 @@ def _index(x: Tensor, dim: int, /, key: Any, *rest: Any) -> int:
     ):
         return NONE  # what is indexed apart from each other comes to the front
     if keys[0] is Ellipsis:
-        taken = sum(k is not None for k in keys[1:])
+        masks = [k for k in keys[1:] if isinstance(k, Tensor) and k.dtype in _MASKS]
+        taken = sum(k is not None for k in keys[1:]) + sum(k.ndim - 1 for k in masks)
         return 0 if taken < x.ndim else NONE
     return 0 if keys[0] == slice(None) and isinstance(keys[0], slice) else NONE
 
@@ -138,7 +155,7 @@ def _roll(x: Tensor, dim: int, /, *args: Any, **kw: Any) -> int:
     return dim if over and all(d % x.ndim != dim for d in over) else NONE
 
 
-def _repeat(x: Tensor, dim: int, /, repeats: Any, along: Any = None, **kw: Any) -> int:
+def _repeat(x: Tensor, dim: int, /, repeats: Any = None, along: Any = None, **kw: Any) -> int:
     along = kw.get("dim", along)
     if not isinstance(along, int):
         return NONE
@@ -162,11 +179,10 @@ def _table() -> dict[Any, Callable[..., int]]:
         _select: ("select", "unbind"),
         _repeat: ("repeat_interleave",),
         _moved: ("movedim", "moveaxis"),
-        _lost: ("take", "masked_select", "nonzero", "tile", "vstack",
-                "hstack", "dstack", "column_stack", "rot90", "flipud", "fliplr", "block_diag",
-                "tensordot", "__iter__", "unique", "unique_consecutive", "bincount", "histc",
-                "msort", "as_strided", "broadcast_tensors", "diagonal", "diag", "diag_embed",
-                "trace"),
+        _lost: ("take", "masked_select", "nonzero", "tile", "vstack", "rot90", "flipud",
+                "fliplr", "block_diag",
+                "__iter__", "unique", "unique_consecutive", "bincount", "histc",
+                "msort", "as_strided", "diagonal", "diag", "trace"),
     }  # fmt: skip
     table: dict[Any, Callable[..., int]] = {}
     for rule, names in rules.items():
@@ -181,7 +197,7 @@ def _table() -> dict[Any, Callable[..., int]]:
 _RULES = _table()
 RESHAPES = functions("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as",
                      "reshape_as", "atleast_1d", "atleast_2d", "atleast_3d")  # fmt: skip
-PRODUCTS = functions("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "mv", "dot", "vdot",
+PRODUCTS = functions("matmul", "mm", "bmm", "__matmul__", "mv", "dot", "vdot",
                      "grouped_mm", "_grouped_mm")  # fmt: skip
 MADE = functions("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like",
                  "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
@@ -218,7 +234,11 @@ def _product(
         if dim == x.ndim - 1:
             return NONE
         return dim if len(args) > 1 and args[1].ndim == 1 else dim + out.ndim - x.ndim
-    return NONE if dim == max(x.ndim - 2, 0) else dim + out.ndim - x.ndim
+    if dim == max(x.ndim - 2, 0):
+        return NONE
+    if len(args) > 0 and args[0].ndim == 1:  # a vector leaves no dimension
+        return dim if dim < x.ndim - 2 else dim - 1
+    return dim + out.ndim - x.ndim
 
 
 def _sum_of_products(
@@ -274,9 +294,11 @@ def _einsum(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, dim: int, out: Tensor
 ) -> int:
     equation, *operands = args
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
-        return NONE
-    left, right = equation.replace(" ", "").split("->")
+    if not isinstance(equation, str) or "." in equation:
+        return UNLISTED
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    if not arrow:
+        right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
     terms = zip(left.split(","), tensors_in(operands), strict=True)
     return _only({right.find(term[dim]) for term, operand in terms if operand is x})
 
@@ -397,7 +419,7 @@ def _along(
         place = dim + full - x.ndim
         return NONE if over is None or place in over else place - sum(d < place for d in over)
     over = along(func, args, kwargs, x)
-    if over is None or dim in over:
+    if over is None or (dim in over and func not in KEEPING):
         return NONE
     if out.ndim >= x.ndim:  # at least as many dimensions: it keeps them all
         return dim
@@ -410,7 +432,10 @@ def _loss(
     scores = func in CLASSES and _place(args, kwargs, x, "input") == 0
     if scores and (x.ndim == 1 or dim == 1):
         return MANY.dim  # scores of classes, which compete
-    if func in VECTORS and (x.ndim == 1 or dim == x.ndim - 1) and x.ndim >= out.ndim:
+    if func in _CTC and out.ndim == 1:
+        return 0
+    target = func in _COSINE and _place(args, kwargs, x, "input1", "input2", "target") == 2
+    if func in VECTORS and not target and (x.ndim == 1 or dim == x.ndim - 1) and x.ndim >= out.ndim:
         return MANY.dim  # features, which make up one number
     if out.ndim == 0:
         return NONE
@@ -421,7 +446,7 @@ def _loss(
 
 def _each() -> dict[Any, Each]:
     rules: dict[Each, tuple[str, ...]] = {
-        _product: ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "mv", "dot", "vdot",
+        _product: ("matmul", "mm", "bmm", "__matmul__", "mv", "dot", "vdot",
                    "grouped_mm", "_grouped_mm"),
         _sum_of_products: ("addmm", "addmv", "baddbmm", "addbmm"),
         _linear: ("linear",),
@@ -442,7 +467,8 @@ def _each() -> dict[Any, Each]:
         _joined: ("cat", "concat", "concatenate", "stack"),
         _divided: ("chunk", "split", "tensor_split", "split_with_sizes", "narrow", "unsafe_chunk",
                    "unsafe_split"),
-        _expanded: ("expand", "expand_as", "broadcast_to", "repeat"),
+        _expanded: ("expand", "expand_as", "broadcast_to", "broadcast_tensors",
+                    "repeat"),
         _indexed: ("gather", "take_along_dim", "index_select"),
         _attention: ("scaled_dot_product_attention",),
     }  # fmt: skip
@@ -453,6 +479,7 @@ def _each() -> dict[Any, Each]:
     return table
 
 
+_CTC, _COSINE = functions("ctc_loss"), functions("cosine_embedding_loss")
 _BROADCAST = functions("cosine_similarity", "pairwise_distance")
 _ADDS_BATCH, _STACKS, _NARROW = functions("addbmm"), functions("stack"), functions("narrow")
 _EACH = _each()

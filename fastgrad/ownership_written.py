@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.ownership import NOBODY, NONE, Mark, functions
+from fastgrad.ownership import MANY, NOBODY, NONE, Mark, functions
 from fastgrad.ownership_explicit import all_same, settled
 
 _SETITEM = {Tensor.__setitem__}
@@ -53,10 +53,14 @@ def written(
     if theirs is None:
         return ours, False
     blank = ours is None or ours.blank or (not ours.owned and not x.requires_grad)
+    if theirs.many:
+        return MANY, ours is not None and ours.owned and not blank
     if not theirs.owned:
-        return (ours if blank and not theirs.many else NOBODY), theirs.many and not blank
+        return (ours if blank else NOBODY), False
     if not blank and ours is not None and not ours.owned:
-        return NOBODY, ours.many
+        return (MANY if ours.many else NOBODY), ours.many
+    if func in _OTHERS:
+        return MANY, True  # whose rows met there is not looked into
     assert isinstance(source, Tensor)
     try:
         owner, fits = _owners(func, args, kwargs, x, source, ours, theirs, blank, n)
@@ -99,8 +103,6 @@ def _owners(
         if func in _SCATTER_ADD:
             return _added(full, dim, index, values), False
         return full.scatter(dim, index, values), False
-    if func in _OTHERS:
-        raise ValueError(func)
     if func in _ALONG:
         dim, index = args[1] if len(args) > 1 else kwargs["dim"], args[2]
         key: Any = (*[slice(None)] * (dim % x.ndim), index)

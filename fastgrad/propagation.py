@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgrad.function_kinds import (
     DETACHES,
+    KEEPING,
     LINEAR,
     MIXERS,
     POINTWISE,
@@ -60,7 +61,7 @@ def propagate(
         if len(known) < len(tensors):
             same = same and all(foreign(t, batch) is None for t in tensors)
         if same and all(m is first and t.ndim == x.ndim for t, m in known[1:]):
-            if not any(out is t for t in tensors):
+            if not any(out is t for t in tensors) or marked(out, batch) is None:
                 mark(out, batch, first)
             return False
     known += [(t, m) for t in tensors if (m := foreign(t, batch)) is not None]
@@ -103,7 +104,9 @@ def propagate(
             _mark(tensor, batch, lost, moving, mixed or met)
         return mixed or hidden
     found_marks, mixed = _found(func, args, kwargs, known, outs, n)
-    mixed = (n > 1 and bool(active) and (many or mixed)) or several
+    # a batch norm makes all that comes after it depend on the whole batch, also of raw inputs
+    counts = n > 1 and (bool(active) or func in _NORMS)
+    mixed = (counts and (many or mixed)) or several
     for tensor, new in zip(outs, found_marks, strict=True):
         lost = MANY if active and (tensor.is_floating_point() or tensor.is_complex()) else NOBODY
         _mark(tensor, batch, new if new.owned else lost, moving, mixed or met)
@@ -116,7 +119,7 @@ _SIMPLE = POINTWISE - DETACHES - WRITES - MADE
 
 
 # Functions of one result that are what they are whatever their other arguments say.
-_ONE_PLACE = BY_RULE - MADE - RANKS - WRITES - _NORMS
+_ONE_PLACE = BY_RULE - MADE - RANKS - KEEPING - WRITES - _NORMS
 
 
 def _mark(
@@ -159,13 +162,17 @@ def _found(
         trial = tried(func, args, kwargs, known, outs, n)
         return ([NOBODY] * len(outs), True) if trial is None else (trial, False)
     found: list[Mark] = []
-    left = []
+    left, unlisted = [], False
     for i, tensor in enumerate(outs):
         dim = uniform(func, args, kwargs, known, tensor, n) if simple else NONE
         mixed |= dim == MANY.dim
+        unlisted |= dim == UNLISTED
         found.append(Mark(dim) if dim >= 0 else NOBODY)
         if dim in (NONE, UNLISTED):
             left.append(i)
+    if unlisted:
+        trial = tried(func, args, kwargs, known, outs, n)
+        return ([NOBODY] * len(outs), True) if trial is None else (trial, mixed)
     if left and (not simple or func in PICKS):
         new = explicit(func, args, kwargs, known, outs, n)
         for i in left:
@@ -174,7 +181,7 @@ def _found(
                 found[i] = now
     lost = any(not m.owned for m in found)
     mixed |= lost and func in MIXERS
-    if func in RANKS:  # rows keep their owners, but others decide which they are
+    if func in RANKS or func in KEEPING:  # rows keep their owners, but others decide which they are
         mixed |= any(
             d == m.dim or (m.owner is not None and m.owner.shape[d] > 1)
             for x, m in known

@@ -74,7 +74,7 @@ class TapMode(TorchFunctionMode):
             roots = [(t, r) for t in tensors if (r := roots_of(t, batch))]
             out = _general(batch, func, args, kwargs, roots) if roots else func(*args, **kwargs)
         if propagate(func, args, kwargs, out, batch.index, batch.n_examples, tensors):
-            _report(batch.makers(tensors), func, out)
+            _report(batch.makers(tensors), func, args[0] if out is None and args else out)
         return out
 
 

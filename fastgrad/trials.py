@@ -88,6 +88,8 @@ def tried(
     name = getattr(func, "__name__", "")
     if (name.endswith("_") and not name.endswith("__")) or not outs:
         return None  # it would write a second time
+    if kwargs.get("out") is not None:
+        return None
     leaves, spec = tree_flatten((args, kwargs))
     owned = {id(t): m for t, m in known if m.owned}
     if any(m.owner is not None for m in owned.values()):
@@ -130,7 +132,11 @@ def _dims(
         return None
 
     def one(*given: Tensor) -> list[Tensor]:
-        new = list(leaves)
+        # copies: it may write into buffers
+        new = [
+            t.clone() if isinstance(t, Tensor) and i not in places else t
+            for i, t in enumerate(leaves)
+        ]
         for i, t in zip(places, given, strict=True):
             new[i] = t
         new_args, new_kwargs = tree_unflatten(new, spec)

@@ -108,6 +108,8 @@ def test_pairs_of_one_input_are_shared_and_never_stale(monkeypatch):
     made = []
     pairs = cpu._pairs
     monkeypatch.setattr(cpu, "_pairs", lambda m, k: made.append(m) or pairs(m, k))
+    task = [1]
+    monkeypatch.setattr(cpu, "backward_pass", lambda: task[0])
     bounds = [0, 40, 80]
     x = torch.randn(80, 24)
 
@@ -123,6 +125,9 @@ def test_pairs_of_one_input_are_shared_and_never_stale(monkeypatch):
     assert right_for(torch.randn(80, 8), x.view(-1).view(80, 24)) == 1  # another view of the same
     assert right_for(torch.randn(80, 8), x[:, :12]) == 2
     x.mul_(2)
+    assert right_for(torch.randn(80, 8), x) == 2
+    task[0] = 2  # what was filled without PyTorch's knowledge between two backward passes
+    x.numpy()[:] = 1
     assert right_for(torch.randn(80, 8), x) == 2
     for _ in range(20):  # new tensors at the address of old ones
         assert right_for(torch.randn(80, 8), torch.randn(80, 24)) == 2

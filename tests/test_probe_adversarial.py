@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad as fg
@@ -348,6 +349,12 @@ MEETING = {
     "all pairs": lambda o: torch.einsum("bi,ci->", o, o),
     "pairs in a matrix": lambda o: torch.einsum("bi,ci->bc", o, o).square().mean(),
     "loss of means": lambda o: F.mse_loss(o.mean(0), torch.zeros(5)),
+    "picked pairs": lambda o: (
+        lambda z: F.cross_entropy(z @ z.T, torch.arange(4)))(o[torch.tensor([2, 0, 3, 1])]),
+    "written mean": lambda o: (lambda b: (b.__setitem__(0, o.mean()), b.exp().sum())[1])(
+        torch.zeros(2)),
+    "scattered": lambda o: torch.zeros(2, 5).scatter_reduce(
+        0, torch.zeros(4, 5).long(), o, "sum").square().sum(),
     "weights": lambda o: (lambda w: (w * o.square().mean(1)).sum() / w.sum())(o.sigmoid()[:, 0]),
 }
 APART = {
@@ -362,6 +369,19 @@ APART = {
     "two terms": lambda o: o.square().mean() + 0.1 * o.abs().mean(),
     "own products": lambda o: torch.einsum("bi,bi->", o, o),
     "best class": lambda o: o.max(1)[0].mean() + o.topk(2, 1)[0].sum(),
+    "divergence": lambda o: kl_divergence(Normal(o, o.exp()), Normal(0.0, 1.0)).mean(),
+    "likelihood": lambda o: -Normal(o, 1.0).log_prob(torch.rand(4, 5)).mean(),
+    "policy": lambda o: -(lambda d: (d.log_prob(d.sample())).mean())(Normal(o, 1.0)),
+    "poisson": lambda o: (o * torch.poisson(o.detach().exp())).mean(),
+    "pooled": lambda o: (torch.rand(5) @ o.unsqueeze(2).expand(-1, -1, 3)).softmax(-1)[:, 0].sum(),
+    "ellipsis": lambda o: torch.einsum("...i,...j->...ij", o, o).softmax(-1).square().mean(),
+    "no arrow": lambda o: torch.einsum("bi,ij", o, torch.rand(5, 5)).tanh().mean(),
+    "cosine": lambda o: F.cosine_embedding_loss(o, torch.rand(4, 5), torch.ones(4)),
+    "two means": lambda o: (lambda b: (b.__setitem__(0, o.mean()), b.__setitem__(
+        1, o.square().mean()), b.sum())[2])(torch.zeros(2)),
+    "transposed mean": lambda o: o.mean(0, keepdim=True).t().narrow(0, 0, 2).flip(0).sum(),
+    "stacked": lambda o: torch.hstack([o, o]).square().mean() + torch.tensordot(
+        o, torch.rand(5, 5), 1).square().mean(),
     "logged": lambda o: (lambda m: (m, m.detach().exp(), m.item())[0])(o.square().mean()),
 }
 
@@ -382,6 +402,84 @@ def test_losses_in_which_examples_meet_are_reported(loss):
 @pytest.mark.parametrize("loss", APART)
 def test_losses_that_sum_over_examples_are_not(loss):
     assert not met(APART[loss])
+
+
+class Chosen(nn.Module):
+    """Each example's column, or elements, of something."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.lin, self.p, self.masked = nn.Linear(6, 6), nn.Parameter(torch.rand(8, 1)), masked
+        self.register_buffer("table", torch.rand(8, 10))
+        mask = torch.zeros(4, 6, dtype=torch.bool)
+        mask[0, :4], mask[1, 2:4], mask[3, 1] = True, True, True
+        self.register_buffer("mask", mask)
+
+    def forward(self, x, ids):
+        if self.masked:
+            return (self.lin(x)[..., self.mask] * self.p[0]).square()
+        return (self.table[:, ids] * self.p).square() + self.lin(x).sum(1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_picked_along_other_dimensions(masked):
+    """The sum of all, so each example's part of p's gradient can be had by leaving out the rest."""
+    torch.manual_seed(0)
+    model, x, ids = Chosen(masked), torch.rand(4, 6), torch.tensor([3, 0, 3, 7])
+    with fg.Probe(model, loss_reduction="sum") as probe:
+        model(x, ids).sum().backward()
+    stats = probe.stats()
+    owner = torch.arange(4)
+    if masked:
+        owner = model.mask.nonzero()[:, 0]
+    for j in range(4):
+        model.zero_grad()
+        out = model(x, ids)
+        out[..., owner == j].sum().backward()
+        if stats.coverage["p"].status == "exact":
+            want = float(model.p.grad.norm())
+            np.testing.assert_allclose(stats.T[stats.index("p"), j], want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "first", [nn.BatchNorm1d(6), nn.Sequential(nn.Linear(6, 6), nn.Softmax(0))]
+)
+def test_layers_after_examples_have_met_are_covered(first):
+    torch.manual_seed(0)
+    model = nn.Sequential(first, nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
+    with fg.Probe(model, strict=True) as probe:
+        model(torch.randn(4, 6)).square().mean().backward()
+    assert probe.stats().meta["mixes_examples"]
+
+
+def test_functions_that_write_elsewhere_are_called_once():
+    torch.manual_seed(0)
+    lin, buffer = nn.Linear(9, 9), torch.zeros(4, 3, 3)
+    mean, var = torch.zeros(9), torch.ones(9)
+    with fg.Probe(lin):
+        out = lin(torch.randn(4, 9))
+        with torch.no_grad():
+            torch.linalg.inv(out.view(4, 3, 3), out=buffer)
+        torch.native_batch_norm(out, None, None, mean, var, True, 0.1, 1e-5)[0].sum().backward()
+    assert buffer.shape == (4, 3, 3)
+    torch.testing.assert_close(mean, 0.1 * out.mean(0))
+
+
+def test_calls_by_name_and_targets_filled_in_place():
+    torch.manual_seed(0)
+
+    class Filled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.p = nn.Linear(6, 6), nn.Parameter(torch.rand(6))
+
+        def forward(self, x):
+            torch.repeat_interleave(x[:, 0, 0].abs().long())
+            out = torch.zeros(x.shape, dtype=x.dtype)
+            out += torch.movedim(input=self.lin(x).movedim(0, 1), source=0, destination=1)
+            return out * self.p
+
+    assert_exact(Net(Filled()), *data(3, 3), strict=True)
 
 
 # -- what went wrong once ------------------------------------------------------------------

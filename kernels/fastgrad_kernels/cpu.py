@@ -142,17 +142,26 @@ def _pairs(matrix: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return within, torch.bmm(x[:, 0], x[:, 1].transpose(1, 2))
 
 
+def backward_pass() -> int:
+    """A number for the backward pass under way, -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
 class _Latest:
     """The pairs of the latest input. The layers that read one activation (query, key and value)
     come one after the other in the backward pass, and these pairs are half of the Gram form's
-    work."""
+    work. They serve within one backward pass alone: later, memory may have been filled anew
+    without PyTorch's knowledge."""
 
     def __init__(self) -> None:
         self._known: tuple[StorageWeakRef, tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     def pairs(self, matrix: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        task = backward_pass()
+        if task == -1:
+            return _pairs(matrix, length)
         key = (
-            matrix.data_ptr(), matrix.shape, matrix.stride(), matrix.dtype, length,
+            task, matrix.data_ptr(), matrix.shape, matrix.stride(), matrix.dtype, length,
             0 if matrix.is_inference() else matrix._version,
         )  # fmt: skip
         known = self._known
