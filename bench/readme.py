@@ -48,22 +48,30 @@ def step_overhead() -> str:
             cells = [f"{r['examples']} x {r['tokens']}", *map(_overhead, found)]
             lines.append(f"| {MODELS[r['model']]} | {' | '.join(cells)} |")
     missed = any(r["misses"] for r in data["rows"])
+    alone = bool(settings.get("cpu_time"))
     lines += [
         "",
         f"The aim for gradient norms and T per parameter: at most {settings['aim']:.2f} in both "
         "and no slower than a peer (quartiles apart); "
         + ("**bold** cells miss it. " if missed else "all meet it. ")
         + f"{settings['layers']} layers of width {settings['width']}; median of "
-        f"{settings['rounds']} interleaved rounds. Memory: most bytes of tensors alive beyond "
+        f"{settings['rounds']} interleaved rounds"
+        + (", processor time on one thread" if alone else "")
+        + ". Memory: most bytes of tensors alive beyond "
         "those before the step, gradients included; the larger ratio of the batch shown, where "
         f"the loss's logits make the peak, and of {settings['small']} examples of it, where the "
         "gradients may. Opacus refuses tied weights: its BERT has an output layer of its own. "
         "torch.func holds every example's gradient at once. "
         + "".join(f"No {a['step']} for {_shape(a)}: {a['why']}. " for a in data["absent"])
-        + f"{env['date']}, {env['processor']}, {env['threads']} threads, torch {env['torch']}; "
-        f"`python bench/step_overhead.py --rounds {settings['rounds']}`.",
+        + f"{env['date']}, {env['processor']}, {_threads(env)}, torch {env['torch']}; "
+        f"`python bench/step_overhead.py --rounds {settings['rounds']}"
+        + (" --cpu-time`." if alone else "`."),
     ]
     return "\n".join(lines)
+
+
+def _threads(env: dict[str, Any]) -> str:
+    return "1 thread" if env["threads"] == 1 else f"{env['threads']} threads"
 
 
 def _overhead(row: dict[str, Any] | None) -> str:

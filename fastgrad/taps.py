@@ -135,8 +135,9 @@ def _general(
 
 # What a model asks of a tensor all the time without computing anything.
 _PROPERTIES = (
-    "shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn", "layout", "is_cuda",
+    "shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn", "is_cuda",
     "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "_version", "grad", "itemsize",
+    "_base", "output_nr", "is_inference", "names", "nbytes", "layout", "grad_dtype",
 )  # fmt: skip
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous",
