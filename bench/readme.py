@@ -66,8 +66,30 @@ def step_overhead() -> str:
         + f"{env['date']}, {env['processor']}, {_threads(env)}, torch {env['torch']}; "
         f"`python bench/step_overhead.py --rounds {settings['rounds']}"
         + (" --cpu-time`." if alone else "`."),
+        *_by_the_clock(),
     ]
     return "\n".join(lines)
+
+
+def _by_the_clock() -> list[str]:
+    """The rows that were also timed by the clock on all threads, where that is dearer."""
+    path = RESULTS / "step_overhead_clock.json"
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text())
+    env, settings = data["environment"], data["settings"]
+    rows = [r for r in data["rows"] if r["step"] == "T, per parameter"]
+    found = ", ".join(
+        f"{_shape(r)}: {r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f})"
+        + (", above the aim" if r["misses"] else "")
+        for r in rows
+    )
+    return [
+        "",
+        f"By the clock on {_threads(env)}, T per parameter: {found}. {env['date']}, "
+        f"{env['processor']}, torch {env['torch']}; `python bench/step_overhead.py --tokens "
+        f"{' '.join(map(str, settings['tokens']))} --rounds {settings['rounds']}`.",
+    ]
 
 
 def _threads(env: dict[str, Any]) -> str:
