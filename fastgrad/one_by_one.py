@@ -22,7 +22,7 @@ from fastgrad.ownership import Mark, mark
 from fastgrad.random_state import random_states, restore
 from fastgrad.records import Batch
 from fastgrad.tap_watch import Sinks, give, refuse_late, watched
-from fastgrad.trials import each, in_turn, joined, split
+from fastgrad.trials import each, in_turn, joined, split, versions_of
 
 _NO_BACK = "it cannot be differentiated for one example alone"
 _APART = "its results for single examples do not make up its result for the batch"
@@ -184,14 +184,14 @@ def _watched(
         for i, t in zip(own, gated, strict=True):
             new[i] = t
         new_args, new_kwargs = tree_unflatten(new, spec)
-        random, versions = random_states(given), _versions(given)
+        random, versions = random_states(given), versions_of(given)
         out = func(*new_args, **new_kwargs)
         flat, out_spec = tree_flatten(out)
         outs = [t for t in flat if isinstance(t, Tensor)]
         chosen = [k for k, t in enumerate(outs) if t.requires_grad]
         made[:] = flat, out_spec, chosen
         reason = ""
-        if versions != _versions(given):
+        if versions != versions_of(given):
             reason = "it writes into what it is given"
         elif any(not torch.equal(a, b) for a, b in zip(
             random.values(), random_states(given).values(), strict=True
@@ -242,10 +242,6 @@ def _watched(
         for i, dim in zip(places_of, how[0][1], strict=True):
             mark(flat[i], batch.index, Mark(dim))
     return tree_unflatten(flat, out_spec)
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _single(

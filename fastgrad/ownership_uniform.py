@@ -44,8 +44,8 @@ def uniform(
         if kwargs.get("input") is x:
             return rule(x, dim, *args, **{k: v for k, v in kwargs.items() if k != "input"})
         return NONE
-    if func in RESHAPES or func in MADE:
-        return _only({_kept(func, x, d, out, n) for x, d in places})
+    if func in RESHAPES:
+        return _only({_reshaped(x, d, out, n) for x, d in places})
     if func not in _EACH and not is_pointwise(func, args):
         return UNLISTED
     if func is torch.einsum and len(_letters(args, places)) > 1:
@@ -204,12 +204,10 @@ MADE = functions("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
                  "randint_like")  # fmt: skip
 
 
-def _kept(func: Any, x: Tensor, dim: int, out: Tensor, n: int) -> int:
-    if func in RESHAPES:
-        # The leading dimension counts examples, or examples times rows of each.
-        whole = out.ndim > 0 and out.numel() == x.numel() and out.shape[0] % n == 0
-        return 0 if dim == 0 and whole else NONE
-    return dim if out.shape == x.shape else NONE
+def _reshaped(x: Tensor, dim: int, out: Tensor, n: int) -> int:
+    """The leading dimension counts examples, or examples times rows of each."""
+    whole = out.ndim > 0 and out.numel() == x.numel() and out.shape[0] % n == 0
+    return 0 if dim == 0 and whole else NONE
 
 
 # -- functions of several tensors: where each one's position goes -----------------------------

@@ -87,7 +87,7 @@ def propagate(
             mark(target_of(func, args, out), batch, found)
         return mixed and n > 1
     if func in MADE:
-        _made(func, args, kwargs, known, out, batch, n)
+        _made(known, out, batch)
         return False
     in_place = isinstance(out, Tensor) and any(out is t for t in tensors)
     outs = [out] if in_place else tensors_in((out,))
@@ -129,15 +129,7 @@ def _mark(
     mark(tensor, batch, Mark(found.dim, found.owner, 0, live, False, found.several, met))
 
 
-def _made(
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    known: list[tuple[Tensor, Mark]],
-    out: Any,
-    batch: int,
-    n: int,
-) -> None:
+def _made(known: list[tuple[Tensor, Mark]], out: Any, batch: int) -> None:
     """Constants as large as an activation: filled by index later, they may turn out another's."""
     x, found = known[0]
     if isinstance(out, Tensor) and found.owned and out.shape == x.shape:
@@ -157,7 +149,7 @@ def _found(
     simple = all(m.owner is None for _, m in known)
     listed = func in BY_RULE or func in PICKS or is_pointwise(func, args)
     if not listed:
-        if all(marked_already(t, known) for t in outs):  # by whoever tried it before
+        if all(_marked_already(t, known) for t in outs):  # by whoever tried it before
             return [t._fastgrad_examples for t in outs], False  # type: ignore[attr-defined]
         trial = tried(func, args, kwargs, known, outs, n)
         return ([NOBODY] * len(outs), True) if trial is None else (trial, False)
@@ -190,9 +182,10 @@ def _found(
     return found, mixed
 
 
-def marked_already(tensor: Tensor, known: list[tuple[Tensor, Mark]]) -> bool:
+def _marked_already(tensor: Tensor, known: list[tuple[Tensor, Mark]]) -> bool:
+    """By this forward pass: what a model keeps for long may still have the mark of another."""
     fresh = not any(tensor is t for t, _ in known)
-    return fresh and type(getattr(tensor, "_fastgrad_examples", None)) is Mark
+    return fresh and any(marked(tensor, m.batch) is not None for _, m in known)
 
 
 def _stays_a_sum(func: Any, args: tuple[Any, ...], active: list[Tensor]) -> bool:

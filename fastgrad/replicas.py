@@ -9,6 +9,7 @@ the reduction is over, at the very end of the backward pass.
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def at_the_end(callback: Callable[[], None], rounds: int = 3) -> None:
         )
 
 
-class Replicas:
+class Replicas(ABC):
     """What a wrapper does to the gradients of a model that runs in several processes.
 
     Attributes:
@@ -56,25 +57,25 @@ class Replicas:
         self._before: dict[str, Tensor] | None = None
         self._first = False  # the pass under way is the first of them
 
-    def forward(self) -> None:
+    def forward(self) -> None:  # noqa: B027 (not every kind has something to do)
         """A forward pass with gradients begins."""
 
+    @abstractmethod
     def divisor(self) -> float:
         """What the sum over processes is divided by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _was_reduced(self) -> bool:
         """Whether the backward pass that is at its end reduced the gradients."""
-        raise NotImplementedError
 
     def _was_dropped(self) -> bool:
         """Whether what had accumulated without a reduction is gone."""
         return False
 
+    @abstractmethod
     def _squares(self, found: Iterable[tuple[Target, Tensor | None]]) -> dict[str, Tensor]:
         """``[n_blocks]`` squared sums of each parameter's whole gradient, from what this process
         holds of it."""
-        raise NotImplementedError
 
     # -- one backward pass ---------------------------------------------------------------
 

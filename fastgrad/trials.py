@@ -145,7 +145,7 @@ def _dims(
 
     seen = [leaves[i].detach() for i in places]
     all_ = [t for t in leaves if isinstance(t, Tensor)]
-    random, versions = random_states(seen), _versions(all_)
+    random, versions = random_states(seen), versions_of(all_)
     try:
         with torch.no_grad():
             dims = _agree(one, [o.detach() for o in outs], seen, places, n)
@@ -157,10 +157,10 @@ def _dims(
         return None
     finally:
         restore(random)
-    return dims if _versions(all_) == versions else None
+    return dims if versions_of(all_) == versions else None
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if t.is_inference() else t._version for t in tensors]
 
 
