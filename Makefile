@@ -38,7 +38,7 @@ $(VENV)/.user: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt oracles.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots,test,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots,test,bench,loops,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r oracles.txt
 	@touch $@ $(VENV)/.user
 
