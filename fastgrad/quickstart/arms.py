@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastgrad as fg
 from fastgrad.errors import FastgradError, MissingExtraError
@@ -17,6 +17,15 @@ from fastgrad.identity import model_parameters
 from fastgrad.quickstart.settings import Spec
 
 WEIGHT_DECAY = 0.01
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Every tensor that an optimizer keeps from one step to the next."""
+    return [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+
+
+def no_tensors() -> list[Tensor]:
+    return []
 
 
 @dataclass
@@ -31,6 +40,9 @@ class Prepared:
         partial: for sparse arms.
         selected: parameter name -> share of it that is trained.
         note: one line about the choice.
+        state: optimizer -> the tensors that it keeps.
+        copies: the tensors that training keeps beside the model's own weights.
+        after_step: called with the number of steps done and the optimizer.
     """
 
     model: nn.Module
@@ -40,14 +52,16 @@ class Prepared:
     partial: fg.Partial | None = None
     selected: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    state: Callable[[Any], Iterable[Tensor]] = state_tensors
+    copies: Callable[[], Iterable[Tensor]] = no_tensors
+    after_step: Callable[[int, Any], None] | None = None
 
 
 def prepare(spec: Spec, model: nn.Module) -> Prepared:
     """Set up ``model`` (changed in place) for the arm of ``spec``."""
-    kinds = {"full": _full, "sparse": _sparse, "lora": _lora}
-    if spec.arm.kind not in kinds:
-        raise FastgradError(f"unknown kind of arm {spec.arm.kind!r}; use one of {', '.join(kinds)}")
-    return kinds[spec.arm.kind](spec, model)
+    if spec.arm.kind not in KINDS:
+        raise FastgradError(f"unknown kind of arm {spec.arm.kind!r}; use one of {', '.join(KINDS)}")
+    return KINDS[spec.arm.kind](spec, model)
 
 
 def _full(spec: Spec, model: nn.Module) -> Prepared:
@@ -78,13 +92,15 @@ def _sparse(spec: Spec, model: nn.Module) -> Prepared:
         },
         note=f"{len(selection.blocks)} of {len(selection.shapes)} submodules, "
         f"{sum(len(ids) for ids in selection.blocks.values())} blocks",
+        copies=lambda: [t for b in partial.packed for t in (b.packed, b.ids)],
     )
 
 
 def choose(spec: Spec, model: nn.Module) -> fg.Selection:
     """The arm's selection: from the blueprint blended with the local sample, or from none."""
     arm = spec.arm
-    source = blended(spec.model, spec.local) if arm.source == "blend" else None
+    released = spec.released or spec.model
+    source = blended(released, spec.local) if arm.source == "blend" else None
     own = model_parameters(model)
     kept = sum(own[name].numel() for name in arm.keep)
     fraction = spec.fraction - kept / sum(p.numel() for p in own.values())
@@ -147,4 +163,10 @@ def _lora(spec: Spec, model: nn.Module) -> Prepared:
         sum(p.numel() for p in trained),
         lambda rate: torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY, fused=True),
         note=f"rank {rank}, alpha {2 * rank}, all {len(targets)} linear layers of the decoder",
+        copies=lambda: trained,
     )
+
+
+KINDS: dict[str, Callable[[Spec, nn.Module], Prepared]] = {
+    "full": _full, "sparse": _sparse, "lora": _lora,
+}  # fmt: skip

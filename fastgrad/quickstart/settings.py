@@ -70,7 +70,7 @@ class Arm:
 
     key: str
     label: str
-    kind: str  # "full", "sparse" or "lora"
+    kind: str  # a key of :data:`fastgrad.quickstart.arms.KINDS`
     source: str | None = None  # "blend" uses the blueprint and the local sample
     ranking: str = "rms"
     blocks: str = "module"
@@ -91,6 +91,7 @@ class Spec:
     local: Path  # statistics of the local sample
     result: Path
     delta: Path | None = None
+    released: Path | None = None  # folder of the blueprint, where it is not beside the model
 
     def as_json(self) -> dict[str, Any]:
         raw = asdict(self)
@@ -109,6 +110,7 @@ class Spec:
             local=Path(raw["local"]),
             result=Path(raw["result"]),
             delta=Path(raw["delta"]) if raw["delta"] else None,
+            released=Path(raw["released"]) if raw["released"] else None,
         )
 
 

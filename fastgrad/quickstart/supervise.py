@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from fastgrad.errors import FastgradError
 from fastgrad.files import write_text
 from fastgrad.quickstart.settings import THREADS, Spec
 
+WORKER = ("-m", "fastgrad.quickstart.worker")
+
 
 def run_arm(
     spec: Spec,
     log: Path,
     progress: Callable[[int, int, float], None],
     running: list[subprocess.Popen[str]],
+    worker: Sequence[str] = WORKER,
 ) -> dict[str, Any]:
     """Run one arm in a process of its own and return what it wrote.
 
@@ -28,6 +31,7 @@ def run_arm(
         log: file for the process's standard error.
         progress: called with the number of the rate, the step, and the loss.
         running: holds the process while it runs, so that another thread can end it.
+        worker: what Python is told to run; the path of the spec comes after it.
 
     Raises:
         FastgradError: if the process fails; the message ends with its last words.
@@ -40,7 +44,7 @@ def run_arm(
         subprocess.Popen(
             # -P: the working folder is not searched; this repository's kernels/ would hide the
             # PyPI package of that name.
-            [sys.executable, "-P", "-m", "fastgrad.quickstart.worker", str(told.resolve())],
+            [sys.executable, "-P", *worker, str(told.resolve())],
             stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(),
         ) as process,
     ):  # fmt: skip

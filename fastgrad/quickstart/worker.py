@@ -55,6 +55,8 @@ def rate_factor(step: int, steps: int) -> float:
 class Run:
     """One arm, all its learning rates, and what it used."""
 
+    measured_steps = MEASURED_STEPS
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.data = load_file(spec.data)
@@ -66,26 +68,30 @@ class Run:
         model.config.use_cache = False
         return model.train()
 
+    def prepare(self, model: nn.Module) -> Prepared:
+        return prepare(self.spec, model)
+
     def costs(self) -> None:
         """Memory and bytes of a few steps, before anything else has been trained here."""
         model = self.load()
         self.losses(model, "prose_valid", 1)  # threads and BLAS buffers belong to the baseline
         baseline = measure.current_memory()
         restarted = measure.restart_peak()
-        prepared = prepare(self.spec, model)
-        used = self.train(prepared, min(self.spec.settings.rates), MEASURED_STEPS)
+        prepared = self.prepare(model)
+        used = self.train(prepared, min(self.spec.settings.rates), self.measured_steps)
         self.result |= {
             "baseline": baseline if restarted else None,
             "peak": measure.peak_memory(),
             "gradient_bytes": used["gradient_bytes"],
             "state_bytes": used["state_bytes"],
+            "copy_bytes": used["copy_bytes"],
         }
 
     def one_rate(self, number: int, rate: float) -> tuple[Prepared, dict[str, float]]:
         """Train at one rate from the saved model; a loss that is not finite is infinitely bad."""
         model = self.load()
         torch.manual_seed(self.spec.seed)
-        prepared = prepare(self.spec, model)
+        prepared = self.prepare(model)
         used: dict[str, float] = {}
         valid = math.nan
         with contextlib.suppress(fg.errors.NonFiniteGradientError):
@@ -103,12 +109,14 @@ class Run:
         self, prepared: Prepared, rate: float, steps: int, number: int | None = None
     ) -> dict[str, float]:
         """Train, and report progress as that of rate ``number``. Returns seconds, processor
-        seconds, and the bytes of gradients and optimizer state."""
+        seconds and, without a number, the bytes of gradients, optimizer state and copies at the
+        step that holds most."""
         settings, rows = self.spec.settings, self.data["prose_train"]
         optimizer = prepared.optimizer(rate)
         order = data_order(len(rows), settings.rows, settings.steps, self.spec.seed)
         meter = fg.Meter(flops="off")
-        gradient_bytes, cpu = 0, time.process_time()
+        held: dict[str, int] = {}
+        cpu = time.process_time()
         for step, index in enumerate(order[:steps]):
             with meter.step():
                 for group in optimizer.param_groups:
@@ -116,19 +124,19 @@ class Run:
                 part = rows[index]
                 loss = prepared.model(input_ids=part, labels=part).loss
                 loss.backward()
-                gradient_bytes = measure.tensor_bytes(p.grad for p in prepared.trained)
+                if number is None:
+                    held = max(held, held_bytes(prepared, optimizer), key=lambda h: sum(h.values()))
                 nn.utils.clip_grad_norm_(prepared.trained, CLIP)
                 optimizer.step()
                 optimizer.zero_grad()
+                if prepared.after_step is not None:
+                    prepared.after_step(step + 1, optimizer)
             if number is not None:
                 say(rate=number, step=step + 1, loss=round(float(loss.detach()), 4))
         return {
             "seconds": meter.spent["seconds"],
             "cpu_seconds": time.process_time() - cpu,
-            "gradient_bytes": gradient_bytes,
-            "state_bytes": measure.tensor_bytes(
-                t for state in optimizer.state.values() for t in state.values()
-            ),
+            **held,
         }
 
     def losses(self, model: nn.Module, part: str, most: int | None = None) -> list[float]:
@@ -183,12 +191,22 @@ class Run:
         return all(torch.equal(t, trained[name]) for name, t in base.state_dict().items())
 
 
+def held_bytes(prepared: Prepared, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """What training holds besides the model and its activations, between backward and step."""
+    return {
+        "gradient_bytes": measure.tensor_bytes(p.grad for p in prepared.trained),
+        "state_bytes": measure.tensor_bytes(prepared.state(optimizer)),
+        "copy_bytes": measure.tensor_bytes(prepared.copies()),
+    }
+
+
 def say(**message: Any) -> None:
     """One line of progress for the process that started this one."""
     print(json.dumps(message), flush=True)
 
 
-def main(path: str) -> None:
+def main(path: str, kind: type[Run] = Run) -> None:
+    """Do what the spec at ``path`` says, as a run of this kind."""
     started = time.perf_counter()
     spec = Spec.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
     torch.set_num_threads(THREADS)
@@ -197,7 +215,7 @@ def main(path: str) -> None:
     transformers_logging.set_verbosity_error()
     for module in ("fastgrad.blueprint", "fastgrad.delta", "peft"):
         importlib.import_module(module)  # all arms alike, before memory is measured
-    run = Run(spec)
+    run = kind(spec)
     run.costs()
     result = run.all_rates() | {
         "key": spec.arm.key,
