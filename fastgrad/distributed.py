@@ -85,6 +85,7 @@ def combine(pieces: Sequence[GradientStats]) -> GradientStats:
     whole = joined(bare, sum(p.n_examples for p in bare), sum(p.n_batches for p in bare))
     whole.batch = np.concatenate([p.batch for p in bare])
     whole.batch_sq, whole.block_batch_sq = first.batch_sq, first.block_batch_sq
+    whole.block_batch_abs = first.block_batch_abs
     if "skipped_batches" in first.meta:
         whole.meta["skipped_batches"] = first.meta["skipped_batches"]
     if not whole.running_ids:

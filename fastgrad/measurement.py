@@ -34,6 +34,25 @@ def squared_blocks(grad: Tensor, grid: BlockGrid) -> Tensor:
     return torch.where(stats[3] > 0, torch.nan, stats[0])
 
 
+def absolute_blocks(grad: Tensor, grid: BlockGrid) -> Tensor:
+    """``[n_blocks]`` sums of a gradient's absolute values; of a complex one's magnitudes."""
+    matrix = matrix_view(bare(grad))
+    if grid.is_whole:  # in float64: float32 lanes that add up millions are off by 1e-4
+        wide = torch.complex128 if matrix.is_complex() else float64
+        return torch.linalg.vector_norm(matrix, 1, dtype=wide).view(1).double()
+    if matrix.is_complex():
+        return block_sums(matrix.abs(), grid.block_rows, grid.block_cols)
+    return ops.block_stats(matrix, grid.block_rows, grid.block_cols)[1]
+
+
+def aligned_blocks(grad: Tensor, directions: Tensor, grid: BlockGrid) -> Tensor:
+    """``[k, n_blocks]`` inner products of a gradient with directions ``[k, rows, cols]``."""
+    matrix = matrix_view(bare(grad)).float()
+    # One direction at a time: a product with all would take k copies of the gradient.
+    return torch.stack([block_sums(d * matrix, grid.block_rows, grid.block_cols)
+                        for d in directions])  # fmt: skip
+
+
 class Arrival(NamedTuple):
     """A parameter's gradient in one backward pass."""
 
@@ -43,6 +62,8 @@ class Arrival(NamedTuple):
     numel: int
     parts: int  # how often it came: more than once, the last part alone is known
     dots: Tensor | None  # [k] products with the directions, for a batch of one example
+    absolute: Tensor | None = None  # [n_blocks] sums of absolute values, if they are wanted
+    aligned: Tensor | None = None  # [k, n_blocks] products, for a parameter of several blocks
 
 
 class Reduced(NamedTuple):
@@ -50,6 +71,7 @@ class Reduced(NamedTuple):
 
     norms: Mapping[str, Tensor] | None  # [n_blocks] squared sums; None: it is still to come
     divisor: float  # what the processes' sum is divided by
+    absolute: Mapping[str, Tensor] | None = None  # [n_blocks] sums of absolute values, if wanted
 
 
 @dataclass
@@ -60,6 +82,7 @@ class _Taken:
     refusals: list[tuple[str, str]]
     used: set[str]
     mixing: set[str]
+    aligned: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -71,6 +94,7 @@ class Settings:
     loss_scale: float | Callable[[], float]
     strict: bool
     on_nonfinite: Literal["raise", "skip"]
+    l1: bool = False
 
 
 class Measurement:
@@ -105,6 +129,7 @@ class Measurement:
             weight_sq=weight_sq,
             per_example=settings.per_example,
             writer=writer,
+            l1=settings.l1,
         )
         self.missing: dict[str, str] = {}
         self.used: set[str] = set()
@@ -148,6 +173,11 @@ class Measurement:
         norms = local
         if reduced is not None:
             norms = {name: transfer(sq) for name, sq in (reduced.norms or {}).items()}
+        whole = {n: a.absolute for n, a in arrived.items()} if reduced is None else (
+            reduced.absolute or {}
+        )  # fmt: skip
+        absolute = {name: transfer(s) for name, s in whole.items() if s is not None}
+        aligned = {n: transfer(a.aligned) for n, a in arrived.items() if a.aligned is not None}
         # What is refused here counts only if the batches do: they may hold NaN.
         self._deferred = [r for b in batches for r in b.refused]
         alone = len(batches) == 1 and batches[0].n_examples == 1
@@ -171,24 +201,31 @@ class Measurement:
             refusals = [(n, r) for n, r in refusals if n not in lacking]
         refusals += [(n, _PARTS) for n, a in arrived.items() if a.parts > 1]
         made = []
+        divisor = 1.0 if reduced is None else reduced.divisor
         if self.settings.per_example:
-            divisor = 1.0 if reduced is None else reduced.divisor
             made = [
                 self._column(b, k, transfer, divisor)
                 for b, k in zip(batches, columns, strict=True)
             ]
         mixing = set().union(*(b.mixing for b in batches))
-        self._waiting.append(_Taken(made, refusals, set(arrived), mixing))
+        products = {n: transfer[k].astype(np.float64) / divisor for n, k in aligned.items()}
+        self._waiting.append(_Taken(made, refusals, set(arrived), mixing, products))
         if reduced is not None and reduced.norms is None:
             return False
-        return self._record({name: transfer[key] for name, key in norms.items()})
+        return self._record(
+            {name: transfer[key] for name, key in norms.items()},
+            {name: transfer[key].astype(np.float64) for name, key in absolute.items()},
+        )
 
     def forget_waiting(self) -> None:
         """Passes whose gradients were never reduced are no part of anything."""
         self._waiting.clear()
 
-    def _record(self, norms: Mapping[str, np.ndarray]) -> bool:
-        """The passes that waited, as one whose gradient has these squared sums."""
+    def _record(
+        self, norms: Mapping[str, np.ndarray], absolute: Mapping[str, np.ndarray]
+    ) -> bool:
+        """The passes that waited, as one whose gradient has these squared sums and, where they
+        are wanted, sums of absolute values."""
         taken, self._waiting = self._waiting, []
         bad = [name for name, sq in norms.items() if not np.isfinite(sq).all()]
         if bad:
@@ -205,7 +242,8 @@ class Measurement:
             for name, reason in one.refusals:
                 self.refuse(name, reason)
         columns = [column for one in taken for column in one.columns]
-        self.recorder.add(columns, {n: sq.astype(np.float64) for n, sq in norms.items()})
+        squares = {n: sq.astype(np.float64) for n, sq in norms.items()}
+        self.recorder.add(columns, squares, absolute, [one.aligned for one in taken])
         return True
 
     def _prepare_checks(

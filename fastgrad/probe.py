@@ -44,7 +44,14 @@ from fastgrad.identity import (
     weights_hash,
     whole,
 )
-from fastgrad.measurement import Arrival, Measurement, Settings, squared_blocks
+from fastgrad.measurement import (
+    Arrival,
+    Measurement,
+    Settings,
+    absolute_blocks,
+    aligned_blocks,
+    squared_blocks,
+)
 from fastgrad.ownership import NOBODY, Mark, mark
 from fastgrad.probe_arguments import (
     Direction,
@@ -125,6 +132,8 @@ class Probe:
             with the number of examples (:class:`fastgrad.stats_shards.ShardWriter`);
             :meth:`stats` then leaves block detail on disk.
         shard_examples: examples in a file of that folder.
+        l1: record the sums of absolute gradients too, for ``select(..., ranking="l1")``. Reads
+            each gradient once more.
 
     Raises:
         ProbeError: if nothing is to be probed, or the model is compiled.
@@ -152,6 +161,7 @@ class Probe:
         dense_limit: int = DENSE_LIMIT,
         shards: str | os.PathLike[str] | None = None,
         shard_examples: int = 1000,
+        l1: bool = False,
     ) -> None:
         check_blocks(blocks)
         if not isinstance(model, nn.Module):
@@ -171,7 +181,7 @@ class Probe:
             raise ProbeError(
                 f"unknown loss_reduction {loss_reduction!r}; use token_mean, row_mean or sum"
             )
-        self.model, self.per_example = model, per_example
+        self.model, self.per_example, self.l1 = model, per_example, bool(l1)
         self.loss_reduction, self.ignore_index = loss_reduction, ignore_index
         if not callable(loss_scale) and not loss_scale > 0:
             raise ProbeError(f"loss_scale must be positive, got {loss_scale}")
@@ -208,7 +218,7 @@ class Probe:
             {n for n in names if matches(n, detail)},
             list(self._directions),
             np.array([float(sum_of_squares(whole(everything[n]))) for n in names]),
-            Settings(per_example, loss_reduction, loss_scale, strict, on_nonfinite),
+            Settings(per_example, loss_reduction, loss_scale, strict, on_nonfinite, self.l1),
             None if shards is None else ShardWriter(shards, shard_examples),
         )
         self._next_ids: list[int] | None = None
@@ -299,6 +309,8 @@ class Probe:
 
     def _find_replicas(self, wrapper: nn.Module | None = None) -> Replicas | None:
         found = replicas_of(wrapper or self.model, self._probed)
+        if found is not None:
+            found.l1 = self.l1
         if found is not None and self._thawed:
             raise ProbeError(
                 "frozen=[...] does not work with a model that runs in several processes: the "
@@ -466,9 +478,14 @@ class Probe:
             dots = None
             if alone and target.directions is not None:
                 dots = target.directions.flatten(1) @ entries.float()
+            aligned = None
+            if self.per_example and target.directions is not None and not grid.is_whole:
+                aligned = aligned_blocks(grad, target.directions, grid)
             self._pass[target.name] = Arrival(
-                sq, picked, narrow, grid.numel, 1 if earlier is None else 2, dots
-            )
+                sq, picked, narrow, grid.numel, 1 if earlier is None else 2, dots,
+                absolute_blocks(grad, grid) if self.l1 and self._replicas is None else None,
+                aligned,
+            )  # fmt: skip
 
         return hook
 

@@ -46,6 +46,7 @@ class Recorder:
         per_example: whether there will be columns.
         writer: where pieces go when ``writer.every`` examples (or passes) have come together, so
             that memory does not grow with their number.
+        l1: whether sums of absolute gradients are kept.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Recorder:
         weight_sq: Array,
         per_example: bool = True,
         writer: ShardWriter | None = None,
+        l1: bool = False,
     ) -> None:
         self.grids, self.spec, self.specs = dict(grids), spec, dict(specs)
         self.directions, self.weight_sq = list(directions), weight_sq
-        self.writer = writer
+        self.writer, self.per_example, self.l1 = writer, per_example, l1
         self._detail = [
             n for n, g in self.grids.items() if per_example and n in detail and not g.is_whole
         ]
@@ -74,17 +76,37 @@ class Recorder:
         self._columns: list[tuple[int, Column]] = []  # with the number of the pass
         self._passes: list[dict[str, float]] = []
         # Of the passes' blocks only the sum is wanted: kept apart they would grow with each pass.
-        self._blocks = {n: np.zeros(g.n_blocks) for n, g in self.grids.items() if not g.is_whole}
+        several = {n: g.n_blocks for n, g in self.grids.items() if not g.is_whole}
+        self._blocks = {name: np.zeros(n) for name, n in several.items()}
+        self._absolute = (
+            {n: np.zeros(g.n_blocks) for n, g in self.grids.items()} if self.l1 else {}
+        )
+        k = len(self.directions) if self.per_example else 0
+        self._aligned = {name: np.zeros((k, n)) for name, n in several.items() if k}
 
-    def add(self, columns: Sequence[Column], norms: Mapping[str, Array]) -> None:
-        """One backward pass: its forward passes, and ``norms[name] [n_blocks]``, the squared
-        norms of the gradient that autograd accumulated."""
+    def add(
+        self,
+        columns: Sequence[Column],
+        norms: Mapping[str, Array],
+        absolute: Mapping[str, Array] | None = None,
+        aligned: Sequence[Mapping[str, Array]] = (),
+    ) -> None:
+        """One backward pass: its forward passes, and of the gradient that autograd accumulated
+        the squared norms ``norms[name] [n_blocks]`` and, for ``l1``, the sums of absolute values
+        ``absolute[name] [n_blocks]``. ``aligned`` holds ``[k, n_blocks]`` inner products of
+        the directions with parts of that gradient, for parameters of several blocks."""
         number = len(self._passes)
         self._columns += [(number, column) for column in columns]
         self._passes.append({name: float(sq.sum()) for name, sq in norms.items()})
         for name, total in self._blocks.items():
             if name in norms:
                 total += norms[name]
+        for name, total in self._absolute.items():
+            if absolute and name in absolute:
+                total += absolute[name]
+        for part in aligned:
+            for name, products in part.items():
+                self._aligned[name] += products
         self.n_passes += 1
 
     @property
@@ -137,12 +159,15 @@ class Recorder:
                     alignment[:, p, span] = column.dots[name]
                 if name in column.blocks:
                     block_sq[name][:, span] = column.blocks[name]
+        aligned = {n: v.copy() for n, v in self._aligned.items()}
         missing = {c.name for c in coverage if c.status == "missing"}
         for p, name in enumerate(names):
             if name in missing:
                 sq[p], alignment[:, p] = np.nan, np.nan
                 if name in block_sq:
                     block_sq[name][:] = np.nan
+                if name in aligned:
+                    aligned[name][:] = np.nan
         sizes = [c.n_examples for c in columns]
         made = GradientStats(
             names=names,
@@ -160,6 +185,8 @@ class Recorder:
             weight_sq=self.weight_sq,
             block_sq=block_sq,
             block_batch_sq={n: v.copy() for n, v in self._blocks.items()},
+            block_batch_abs={n: v.copy() for n, v in self._absolute.items()},
+            block_alignment=aligned,
             directions=list(self.directions),
             alignment_by_direction=alignment,
             coverage_list=list(coverage),

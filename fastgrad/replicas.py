@@ -18,11 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from fastgrad.blocks import BlockGrid
 from fastgrad.errors import ProbeError
 from fastgrad.identity import sharded_modules, unwrapped
-from fastgrad.measurement import Reduced, squared_blocks
+from fastgrad.measurement import Reduced, absolute_blocks, squared_blocks
 from fastgrad.records import Target
 from fastgrad_kernels.layout import matrix_view
+
+Blockwise = Callable[[Tensor, BlockGrid], Tensor]  # of a gradient, sums of each block
 
 # PyTorch's own communication hooks that leave the mean over processes.
 _HOOKS = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"
@@ -46,10 +49,12 @@ class Replicas(ABC):
     Attributes:
         processes: how many there are.
         rank: number of this one among them.
+        l1: whether sums of absolute gradients are wanted.
     """
 
     processes: int
     rank: int
+    l1: bool = False
 
     def __init__(self, targets: Sequence[Target]) -> None:
         self.targets = targets
@@ -73,9 +78,11 @@ class Replicas(ABC):
         return False
 
     @abstractmethod
-    def _squares(self, found: Iterable[tuple[Target, Tensor | None]]) -> dict[str, Tensor]:
-        """``[n_blocks]`` squared sums of each parameter's whole gradient, from what this process
-        holds of it."""
+    def _sums(
+        self, found: Iterable[tuple[Target, Tensor | None]], blockwise: Blockwise
+    ) -> dict[str, Tensor]:
+        """``[n_blocks]`` sums (of squares, of absolute values) of each parameter's whole
+        gradient, from what this process holds of it."""
 
     # -- one backward pass ---------------------------------------------------------------
 
@@ -104,8 +111,9 @@ class Replicas(ABC):
         if not self._was_reduced():
             return Reduced(None, divisor)
         came, before, self._before = set(arrived), self._before or {}, None
-        norms = self._squares(self._grown(came, before))
-        return Reduced(norms, divisor)
+        norms = self._sums(self._grown(came, before), squared_blocks)
+        absolute = self._sums(self._grown(came, before), absolute_blocks) if self.l1 else None
+        return Reduced(norms, divisor, absolute)
 
     def _grown(
         self, came: set[str], before: dict[str, Tensor]
@@ -206,8 +214,10 @@ class Replicated(Replicas):
             t.parameter.grad for t in self.targets if t.parameter.grad is not None
         )
 
-    def _squares(self, found: Iterable[tuple[Target, Tensor | None]]) -> dict[str, Tensor]:
-        return {t.name: squared_blocks(g, t.grid) for t, g in found if g is not None}
+    def _sums(
+        self, found: Iterable[tuple[Target, Tensor | None]], blockwise: Blockwise
+    ) -> dict[str, Tensor]:
+        return {t.name: blockwise(g, t.grid) for t, g in found if g is not None}
 
     def forget(self) -> None:
         super().forget()
@@ -304,30 +314,34 @@ class Sharded(Replicas):
                 )
         return reducing.pop()
 
-    def _squares(self, found: Iterable[tuple[Target, Tensor | None]]) -> dict[str, Tensor]:
+    def _sums(
+        self, found: Iterable[tuple[Target, Tensor | None]], blockwise: Blockwise
+    ) -> dict[str, Tensor]:
         own: dict[Any, list[tuple[str, Tensor]]] = {}
         for target, local in found:
             mesh, placements = target.parameter.device_mesh, target.parameter.placements  # type: ignore[attr-defined]
             axis = next((i for i, p in enumerate(placements) if p.is_shard()), None)
             total = torch.zeros(target.grid.n_blocks, dtype=torch.float64, device=self.device)
             if local is not None and local.numel():
-                total += self._of_shard(target, local, axis)
+                total += self._of_shard(target, local, axis, blockwise)
             group = None if axis is None else mesh.get_group(axis)
             own.setdefault(group, []).append((target.name, total))
-        squares: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
         for group, parts in own.items():
             flat = torch.cat([p for _, p in parts])
             if group is not None:
                 dist.all_reduce(flat, group=group)
             sizes = [len(p) for _, p in parts]
-            squares |= {n: s for (n, _), s in zip(parts, flat.split(sizes), strict=True)}
-        return squares
+            whole |= {n: s for (n, _), s in zip(parts, flat.split(sizes), strict=True)}
+        return whole
 
-    def _of_shard(self, target: Target, local: Tensor, axis: int | None) -> Tensor:
-        """Squared sums of all blocks, of which this process may hold some, or parts of some."""
+    def _of_shard(
+        self, target: Target, local: Tensor, axis: int | None, blockwise: Blockwise
+    ) -> Tensor:
+        """Sums of all blocks, of which this process may hold some, or parts of some."""
         grid, whole = target.grid, target.parameter
         if grid.is_whole or axis is None:
-            return squared_blocks(local, grid).to(self.device)
+            return blockwise(local, grid).to(self.device)
         mesh, placement = whole.device_mesh, whole.placements[axis]  # type: ignore[attr-defined]
         dim = placement.dim
         start = mesh.get_local_rank(axis) * -(-whole.shape[dim] // mesh.size(axis))
@@ -336,13 +350,13 @@ class Sharded(Replicas):
             matrix, lead = matrix_view(local), start % grid.block_rows
             if lead:  # the block's first rows lie elsewhere
                 matrix = torch.cat([matrix.new_zeros(lead, matrix.shape[1]), matrix])
-            found = squared_blocks(matrix, grid).to(self.device)
+            found = blockwise(matrix, grid).to(self.device)
             first = (start - lead) // grid.block_rows * grid.grid_cols
             sums[first : first + len(found)] = found.to(sums.dtype)
             return sums
         filled = torch.zeros(whole.shape, dtype=local.dtype, device=local.device)
         filled.narrow(dim, start, local.shape[dim]).copy_(local)
-        return squared_blocks(filled, grid).to(self.device)
+        return blockwise(filled, grid).to(self.device)
 
 
 def _groups(module: nn.Module) -> list[Any]:

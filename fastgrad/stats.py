@@ -52,6 +52,11 @@ class GradientStats:
         block_sq: parameter name -> ``[n_blocks, E]`` float32, where block detail was kept.
         block_batch_sq: name -> ``[n_blocks]`` squared norms of batch gradients, summed over
             the N passes.
+        block_batch_abs: name -> ``[n_blocks]`` sums of the absolute values of batch gradients,
+            summed over the N passes; for every parameter, or none (``Probe(l1=True)``).
+        block_alignment: name -> ``[K, n_blocks]`` inner products of contributions and direction,
+            summed over the examples; for parameters of several blocks. NaN where coverage is
+            missing.
         weight_sq: ``[P]`` squared norm of the weights when the probe began.
         alignment_by_direction: ``[K, P, E]`` inner product of contribution and direction.
         directions: names of the K directions.
@@ -82,6 +87,8 @@ class GradientStats:
     example_ids: NDArray[np.int64] = field(default_factory=lambda: _RUNNING)
     running_ids: bool = False
     unloaded: tuple[str, ...] = ()
+    block_batch_abs: dict[str, Array] = field(default_factory=dict)
+    block_alignment: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.example_ids is _RUNNING:
@@ -128,10 +135,18 @@ class GradientStats:
             raise ValueError("example_ids are not whole numbers, or not the running ones")
         if len(self.shapes) != p or (e and not 0 <= self.batch.min() <= self.batch.max() < n):
             raise ValueError("shapes or batch numbers do not fit the names and passes")
-        for kept, width in ((self.block_sq, (e,)), (self.block_batch_sq, ())):
+        k = len(self.directions)
+        for kept, before, after in (
+            (self.block_sq, (), (e,)),
+            (self.block_batch_sq, (), ()),
+            (self.block_batch_abs, (), ()),
+            (self.block_alignment, (k,), ()),
+        ):
             for name, values in kept.items():
-                if values.shape != (self.grid(name).n_blocks, *width):
+                if values.shape != (*before, self.grid(name).n_blocks, *after):
                     raise ValueError(f"blocks of {name} have shape {values.shape}")
+        if self.block_batch_abs and set(self.block_batch_abs) != set(self.names):
+            raise ValueError("sums of absolute values are there for some parameters only")
 
     # -- sizes ---------------------------------------------------------------------------
 
@@ -264,6 +279,22 @@ class GradientStats:
         if name in self.block_batch_sq:
             return np.sqrt(self.block_batch_sq[name] / self.n_batches)
         return self.grad_norm[row : row + 1]
+
+    def mean_abs(self, name: str) -> Array:
+        """``[n_blocks]`` mean absolute gradient (L1 norm by number of elements) of each block of
+        one parameter, mean over backward passes.
+
+        Raises:
+            StatsError: if it was not recorded, or the parameter was not probed.
+        """
+        self._need_batches()
+        sizes = self.grid(name).sizes()
+        if name not in self.block_batch_abs:
+            raise StatsError(
+                "the sums of absolute gradients were not recorded. Remedy: measure with "
+                "Probe(model, l1=True)"
+            )
+        return self.block_batch_abs[name] / (self.n_batches * np.maximum(sizes, 1))
 
     @property
     def weight_norm(self) -> Array:

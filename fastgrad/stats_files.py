@@ -30,6 +30,8 @@ _ARRAYS = (
     "alignment_by_direction",
 )
 _BLOCKS, _BATCH_BLOCKS = "block_sq/", "block_batch_sq/"
+# Not in older files; older readers pass over them.
+_BATCH_ABS, _ALIGNMENT = "block_batch_abs/", "block_alignment/"
 
 #: What reading a file may raise that is damaged in any way.
 DAMAGE = (
@@ -51,6 +53,8 @@ def write(stats: GradientStats, path: str | os.PathLike[str]) -> None:
     arrays["example_ids"] = np.ascontiguousarray(stats.example_ids)
     arrays |= {_BLOCKS + n: np.ascontiguousarray(v) for n, v in stats.block_sq.items()}
     arrays |= {_BATCH_BLOCKS + n: v for n, v in stats.block_batch_sq.items()}
+    arrays |= {_BATCH_ABS + n: v for n, v in stats.block_batch_abs.items()}
+    arrays |= {_ALIGNMENT + n: np.ascontiguousarray(v) for n, v in stats.block_alignment.items()}
     header = {
         "format": FORMAT_BY_NAME if stats.specs else FORMAT,
         "names": stats.names,
@@ -141,6 +145,8 @@ def _stats(header: Any, arrays: dict[str, Any], unloaded: tuple[str, ...]) -> Gr
         meta=header["meta"],
         block_sq=_below(arrays, _BLOCKS),
         block_batch_sq=_below(arrays, _BATCH_BLOCKS),
+        block_batch_abs=_below(arrays, _BATCH_ABS),
+        block_alignment=_below(arrays, _ALIGNMENT),
         unloaded=unloaded,
         **{name: arrays[name] for name in _ARRAYS},
         **more,

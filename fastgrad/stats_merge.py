@@ -43,6 +43,10 @@ def joined(pieces: Iterable[GradientStats], n_examples: int, n_batches: int) -> 
         whole.batch_sq[:, batches : batches + piece.n_batches] = piece.batch_sq
         for name, sums in piece.block_batch_sq.items():
             whole.block_batch_sq[name] += sums
+        for name, sums in piece.block_batch_abs.items():
+            whole.block_batch_abs[name] += sums
+        for name, sums in piece.block_alignment.items():
+            whole.block_alignment[name] += sums
         whole.coverage_list = worst_coverage(whole.coverage_list, piece.coverage_list)
         skipped += int(piece.meta.get("skipped_batches") or 0)
         mixing.update(piece.meta.get("mixes_examples") or ())
@@ -96,6 +100,8 @@ def blank_missing(stats: GradientStats) -> None:
             stats.alignment_by_direction[:, p] = np.nan
             if name in stats.block_sq:
                 stats.block_sq[name][:] = np.nan
+            if name in stats.block_alignment:
+                stats.block_alignment[name][:] = np.nan
 
 
 def empty_like(
@@ -125,6 +131,8 @@ def empty_like(
         meta=dict(like.meta),
         example_ids=np.empty(n_examples, i8),
         unloaded=like.unloaded,
+        block_batch_abs={n: np.zeros_like(v) for n, v in like.block_batch_abs.items()},
+        block_alignment={n: np.zeros_like(v) for n, v in like.block_alignment.items()},
     )
 
 
@@ -140,6 +148,8 @@ def check_alike(a: GradientStats, b: GradientStats) -> None:
         ("loss reduction", a.meta.get("loss_reduction"), b.meta.get("loss_reduction")),
         ("block detail", sorted(a.block_sq), sorted(b.block_sq)),
         ("block norms of batches", sorted(a.block_batch_sq), sorted(b.block_batch_sq)),
+        ("absolute values (l1)", sorted(a.block_batch_abs), sorted(b.block_batch_abs)),
+        ("block alignment", sorted(a.block_alignment), sorted(b.block_alignment)),
     ):
         if one != other:
             raise StatsError(
