@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastgrad.blocks import BlockGrid
 from fastgrad.errors import PartialError
 from fastgrad.identity import PACKED_SUFFIX
-from fastgrad.sparse_layers import Overlay, SparseEmbedding, SparseLinear
+from fastgrad.readings import check_own, read
+from fastgrad.sparse_layers import SparseRows, linear
 from fastgrad_kernels.layout import gather_blocks, matrix_view, write_blocks_
 
 
@@ -163,7 +164,7 @@ class PartialModule(nn.Module):
         if blocks is None or not torch.is_grad_enabled():
             return value
         blocks.sync_if_stale()
-        return Overlay.apply(blocks.packed, blocks)
+        return read(value, self._parameters[packed_attribute(name)], blocks)
 
     @property
     def _fastgrad_fast(self) -> str | None:
@@ -183,20 +184,11 @@ class PartialModule(nn.Module):
 
     def _fast_forward(self, x: Tensor) -> Tensor:
         blocks = self._fastgrad_packed["weight"]
-        full: Tensor = blocks.full
-        packed = blocks.packed
+        full, packed = self._parameters["weight"], self._parameters[packed_attribute("weight")]
+        check_own(full, packed, blocks)
         if self._fastgrad_fast == "embedding":
-            return SparseEmbedding.apply(packed, x, full, blocks, self.padding_idx)
-        bias = self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x = x.to(dtype)
-            full = full.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return SparseLinear.apply(
-                x, packed, bias, full, blocks, self._fastgrad_fast == "conv1d"
-            )
+            return SparseRows.apply(packed, x, full, blocks, self.padding_idx)
+        return linear(x, full, packed, self.bias, blocks, self._fastgrad_fast == "conv1d")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made on the spot: pickle and deepcopy find it by the class underneath.
