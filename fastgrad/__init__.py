@@ -29,6 +29,7 @@ _PUBLIC = {
     "gradient_direction": "directions",
     "k_star": "resources",
     "load_delta": "delta",
+    "load_partial": "partial_state",
     "make_partial": "partial",
     "plan_memory": "planner",
     "save_delta": "delta",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from fastgrad.optim import SparseAdamW as SparseAdamW
     from fastgrad.partial import Partial as Partial
     from fastgrad.partial import make_partial as make_partial
+    from fastgrad.partial_state import load_partial as load_partial
     from fastgrad.planner import plan_memory as plan_memory
     from fastgrad.probe import Probe as Probe
     from fastgrad.resources import CostModel as CostModel

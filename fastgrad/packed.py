@@ -31,14 +31,28 @@ class PackedBlocks:
         packed: the trained parameter, ``[n, block_rows, block_cols]``, or the weight's own shape
             if the whole weight is selected.
         ids: int64 ``[n]`` block numbers on the weight's device.
+        by_block: packed block by block even if all blocks are selected, since an optimizer counts
+            steps per block.
+        watched: belongs to a live :class:`~fastgrad.partial.Partial`; copies of a model do not.
     """
 
     def __init__(
-        self, name: str, full: nn.Parameter, grid: BlockGrid, ids: Tensor, dtype: torch.dtype
+        self,
+        name: str,
+        full: nn.Parameter,
+        grid: BlockGrid,
+        ids: Tensor,
+        dtype: torch.dtype,
+        *,
+        by_block: bool = False,
+        values: Tensor | None = None,
     ) -> None:
         self.name, self.full, self.grid = name, full, grid
+        self.by_block, self.watched = by_block, True
         self._ids = ids.to(full.device)
-        self.packed = nn.Parameter(self.gather(full.detach()).to(dtype))
+        if values is None:
+            values = self.gather(full.detach()).to(dtype)
+        self.packed = nn.Parameter(values)
         self.packed._fastgrad_blocks = self  # type: ignore[attr-defined]
         self.packed._fastgrad_name = name  # type: ignore[attr-defined]
         self.written()
@@ -63,7 +77,9 @@ class PackedBlocks:
 
     @property
     def whole(self) -> bool:
-        return self.grid.is_whole or self._ids.numel() == self.grid.n_blocks
+        """The packed tensor has the weight's own shape."""
+        everything = self.grid.is_whole or self._ids.numel() == self.grid.n_blocks
+        return everything and not self.by_block
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Packed copy of the selected blocks of a tensor shaped like the full weight."""
@@ -119,6 +135,11 @@ class PackedBlocks:
             return None
         return matrix_view(full), self.ids
 
+    def check_trained(self) -> None:
+        """Raises PartialError if somebody else has frozen the packed parameter."""
+        if self.watched and not self.packed.requires_grad:
+            raise PartialError(frozen_by_others(self.name))
+
     def sync_if_stale(self) -> None:
         """Catches in-place changes of either side that no optimizer step announced."""
         if not self.in_sync:
@@ -139,8 +160,31 @@ class PackedBlocks:
         self.written()
 
 
+def frozen_by_others(name: str) -> str:
+    """What to say about a trained tensor that no longer requires a gradient."""
+    return (
+        f"{name} is trained by a partial model, but its trained tensor no longer requires a "
+        "gradient: get_peft_model, or a call of requires_grad_(False), has frozen it. Remedy: put "
+        "adapters on the model before make_partial; to train fewer blocks call reselect() on the "
+        "Partial; else requires_grad_(True) on partial.parameters()"
+    )
+
+
 def packed_attribute(attribute: str) -> str:
     return attribute + PACKED_SUFFIX
+
+
+def sharded() -> Any:
+    """What several processes need, which builds on this file."""
+    from fastgrad import sharded
+
+    return sharded
+
+
+def class_before(module: nn.Module) -> Any:
+    """The class that a partial module had; fully_shard puts one of its own in front."""
+    order = type(module).__mro__
+    return order[order.index(PartialModule) + 1]
 
 
 class PartialModule(nn.Module):
@@ -151,6 +195,10 @@ class PartialModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for blocks in self._fastgrad_packed.values():
             blocks.sync_if_stale()
+            if torch.is_grad_enabled():
+                blocks.check_trained()
+                if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+                    sharded().check_reducer(blocks)
         fast = torch.is_grad_enabled() and self._fastgrad_fast is not None
         if fast and len(args) == 1 and not kwargs:
             return self._fast_forward(args[0])
@@ -161,10 +209,16 @@ class PartialModule(nn.Module):
         # tied head that calls F.linear, a parametrization), must reach the packed parameter.
         value = super().__getattr__(name)
         blocks = self.__dict__.get("_fastgrad_packed", {}).get(name)
-        if blocks is None or not torch.is_grad_enabled():
+        if blocks is None or not torch.is_grad_enabled() or sharded().is_sharded(value):
             return value
         blocks.sync_if_stale()
         return read(value, self._parameters[packed_attribute(name)], blocks)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard puts other tensors in place this way, around every pass of the module.
+        super().__setattr__(name, value)
+        if name in self._parameters:
+            sharded().swapped(self, name, value)
 
     @property
     def _fastgrad_fast(self) -> str | None:
@@ -172,7 +226,7 @@ class PartialModule(nn.Module):
         blocks = self._fastgrad_packed.get("weight")
         if blocks is None or blocks.whole:
             return None
-        kind: Any = type(self).__mro__[2]  # the class that was there before
+        kind = class_before(self)
         if kind.forward is nn.Linear.forward:
             return "linear"
         if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
@@ -192,12 +246,13 @@ class PartialModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made on the spot: pickle and deepcopy find it by the class underneath.
-        return _new_partial, (type(self).__mro__[2],), self.__dict__
+        return _new_partial, (class_before(self),), self.__dict__
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         for attribute, blocks in self._fastgrad_packed.items():  # of a copy: bind to its tensors
             blocks.bind(self._parameters[attribute], self._parameters[packed_attribute(attribute)])
+            blocks.watched = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for blocks in self._fastgrad_packed.values():
@@ -280,4 +335,4 @@ def uninstall(module: nn.Module) -> None:
         for attribute in list(module._fastgrad_packed):
             del module._parameters[packed_attribute(attribute)]
         del module.__dict__["_fastgrad_packed"]
-        module.__class__ = type(module).__mro__[2]
+        module.__class__ = class_before(module)
