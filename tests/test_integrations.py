@@ -7,8 +7,6 @@ import sys
 
 import pytest
 import torch
-from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import fastgrad as fg
 from fastgrad.errors import BlueprintError, FastgradError, PartialError
@@ -18,44 +16,8 @@ from fastgrad.integrations.transformers import (
     sparse_adamw,
     untouched,
 )
-from tests.models import VOCAB, batch_of, bert, llama, randomised
-
-STEPS = 10
-HELD_OUT = [batch_of(n=3, seed=s) for s in (7, 8)]
-
-
-class Rows(Dataset):
-    def __init__(self, n=24, tokens=9):
-        generator = torch.Generator().manual_seed(3)
-        self.rows = torch.randint(3, VOCAB, (n, tokens), generator=generator)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.rows[i], "labels": self.rows[i]}
-
-
-def trainer(model, folder, callbacks=(), optimizer=None, **arguments):
-    options = {
-        "max_steps": STEPS, "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
-        "save_strategy": "no",
-    }  # fmt: skip
-    args = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, use_cpu=True, report_to=[],
-        disable_tqdm=True, logging_steps=5, seed=1,
-        dataloader_pin_memory=False, **(options | arguments),
-    )  # fmt: skip
-    made = Trainer(
-        model=model, args=args, train_dataset=Rows(), eval_dataset=Rows(n=4),
-        callbacks=list(callbacks), optimizer_cls_and_kwargs=optimizer,
-    )  # fmt: skip
-    made.pop_callback(PrinterCallback)
-    return made
-
-
-def state(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
+from tests.models import bert, llama, randomised
+from tests.training_runs import HELD_OUT, STEPS, state, trainer
 
 
 def with_dropout():
@@ -259,28 +221,6 @@ def test_a_ready_selection_and_given_hyperparameters_win(tmp_path):
     group = run.optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (3e-3, (0.8, 0.9), 1e-6)
     assert factory.partial.selection is selection
-
-
-def test_resuming_needs_a_word_and_then_goes_on(tmp_path):
-    """A checkpoint's weights are not the blueprint's any more: that is said, not passed over."""
-    model = randomised(llama)
-    blueprint_of(model, tmp_path)
-    options = {"save_strategy": "steps", "save_steps": 5}
-    plug = sparse_adamw(blueprint=tmp_path, fraction=0.2)
-    trainer(model, tmp_path, optimizer=plug, **options).train()
-    straight = state(plug[0].partial.remove())
-
-    checkpoint = str(tmp_path / "checkpoint-5")
-    refused = trainer(
-        randomised(llama), tmp_path, optimizer=sparse_adamw(blueprint=tmp_path, fraction=0.2)
-    )
-    with pytest.raises(fg.errors.SelectionError, match="allow_other_weights"):
-        refused.train(resume_from_checkpoint=checkpoint)
-    again = randomised(llama)
-    plug = sparse_adamw(blueprint=tmp_path, fraction=0.2, allow_other_weights=True)
-    trainer(again, tmp_path, optimizer=plug, **options).train(resume_from_checkpoint=checkpoint)
-    for name, value in state(plug[0].partial.remove()).items():
-        assert torch.equal(value, straight[name]), name
 
 
 def test_wrong_use_of_the_factory(tmp_path):

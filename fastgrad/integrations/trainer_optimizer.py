@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,18 @@ from transformers import Trainer
 
 from fastgrad.choosing import select
 from fastgrad.errors import FastgradError, PartialError
-from fastgrad.identity import model_parameters
+from fastgrad.identity import unwrapped
+from fastgrad.integrations.trainer_checkpoints import (
+    calling_trainer,
+    keep_in_checkpoints,
+    read_partial,
+    resumed_folder,
+)
 from fastgrad.optim import SparseAdamW
 from fastgrad.partial import Partial, make_partial
 from fastgrad.selection import Selection
 from fastgrad.stats import GradientStats
+from fastgrad.step_guard import NAME
 
 if TYPE_CHECKING:
     from fastgrad.blueprint import Blueprint
@@ -28,10 +34,11 @@ class SparseAdamWFactory:
     """What Trainer calls to build the optimizer; made by :func:`sparse_adamw`.
 
     Trainer calls what is not an Optimizer class twice: without arguments, then the result with
-    the model.
+    the model. One factory may serve several Trainers, each with a model of its own.
 
     Attributes:
-        partial: the partial model, once training has begun; ``fg.save_delta`` takes it.
+        partial: the partial model built last, once training has begun; ``fg.save_delta`` takes
+            it.
     """
 
     def __init__(
@@ -56,28 +63,38 @@ class SparseAdamWFactory:
         return self._partial
 
     def __call__(self) -> Callable[..., SparseAdamW]:
-        # Trainer passes the model alone; its TrainingArguments are found on the Trainer itself.
-        caller = sys._getframe(1).f_locals.get("self")
-        arguments = caller.args if isinstance(caller, Trainer) else None
+        # Trainer passes the model alone.
+        trainer = calling_trainer()
 
         def build(model: nn.Module, **overrides: Any) -> SparseAdamW:
-            return self.build(model, arguments, **overrides)
+            return self.build(model, trainer, **overrides)
 
         return build
 
-    def build(self, model: nn.Module, arguments: Any = None, **overrides: Any) -> SparseAdamW:
+    def build(
+        self, model: nn.Module, trainer: Trainer | None = None, **overrides: Any
+    ) -> SparseAdamW:
         """Make the model partial and return its optimizer.
 
         Args:
             model: changed in place.
-            arguments: TrainingArguments to take the hyperparameters from that were not given.
+            trainer: whose TrainingArguments give the hyperparameters that were not given, and
+                whose checkpoints keep the partial state.
             **overrides: hyperparameters.
 
         Raises:
             FastgradError: if no learning rate is known.
+            PartialError: if the model is partial already, or the Trainer resumes from a
+                checkpoint without a partial file, or with one for other weights.
         """
+        if any(NAME in p.__dict__ for p in model.parameters()):
+            raise PartialError(
+                "this model is being trained partially already. Remedy: call .remove() on that "
+                "Partial first (the weights stay), or build a new model"
+            )
         options: dict[str, Any] = {}
-        if arguments is not None:
+        if trainer is not None:
+            arguments = trainer.args
             options = {
                 "lr": arguments.learning_rate,
                 "betas": (arguments.adam_beta1, arguments.adam_beta2),
@@ -88,19 +105,26 @@ class SparseAdamWFactory:
         if "lr" not in options:
             raise FastgradError("no learning rate: sparse_adamw was used outside a Trainer. "
                                 "Remedy: pass lr=...")
-        dimensions = {name: p.ndim for name, p in model_parameters(model).items()}
-        self._partial = make_partial(
-            model, self._choose(model), self._master_dtype,
-            allow_other_weights=self._allow_other_weights,
-        )  # fmt: skip
-        trained = list(self._partial.named_parameters())
-        # Trainer decays neither biases nor norm weights; the same rule by shape.
+        # The Trainer's own rule, by the names of the plain model: neither biases nor norms.
+        decayed = set(Trainer.get_decay_parameter_names(trainer, unwrapped(model)))
+        folder = None if trainer is None else resumed_folder(trainer)
+        if folder is None:
+            partial = make_partial(
+                model, self._choose(model), self._master_dtype,
+                allow_other_weights=self._allow_other_weights,
+            )  # fmt: skip
+        else:
+            partial = read_partial(model, folder)
+        if trainer is not None:
+            keep_in_checkpoints(trainer, partial)
+        self._partial = partial
         decay = options.pop("weight_decay", 1e-2)
+        trained = list(partial.named_parameters())
         groups = [
-            {"params": [p for n, p in trained if dimensions[n] >= 2], "weight_decay": decay},
-            {"params": [p for n, p in trained if dimensions[n] < 2], "weight_decay": 0.0},
+            {"params": [p for n, p in trained if n in decayed], "weight_decay": decay},
+            {"params": [p for n, p in trained if n not in decayed], "weight_decay": 0.0},
         ]
-        return SparseAdamW([g for g in groups if g["params"]], **options)
+        return SparseAdamW(groups, **options)  # an empty group too: a re-selection may fill it
 
 
 def sparse_adamw(
@@ -130,8 +154,8 @@ def sparse_adamw(
         selection: a ready selection, instead of blueprint and budget.
         ranking: see :func:`fastgrad.select`.
         master_dtype: see :func:`fastgrad.make_partial`; ``torch.float32`` for bfloat16 weights.
-        allow_other_weights: accept weights that differ from the blueprint's, as after resuming
-            from a checkpoint.
+        allow_other_weights: accept weights that differ from the blueprint's. A resumed run needs
+            no such word: its checkpoint says which blocks it trains.
         lr, betas, eps, weight_decay: instead of those in TrainingArguments.
         **select_options: further arguments of :func:`fastgrad.select`.
 
