@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import fastgrad as fg
-from fastgrad.errors import PartialError
 from fastgrad.identity import model_parameters
 from fastgrad.partial import make_partial
 from tests.models import MODELS, batch_of, randomised
