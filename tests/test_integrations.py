@@ -10,6 +10,7 @@ import torch
 
 import fastgrad as fg
 from fastgrad.errors import BlueprintError, FastgradError, PartialError
+from fastgrad.identity import model_parameters
 from fastgrad.integrations.transformers import (
     BlueprintCallback,
     measure,
@@ -98,6 +99,55 @@ def test_several_processes_are_refused(tmp_path):
 
     with pytest.raises(FastgradError, match="one process"):
         callback.on_train_begin(Two(), None, None)
+
+
+@pytest.mark.parametrize("blocks", ["module", "16x16"])
+@pytest.mark.parametrize("master", [None, torch.float64])
+def test_a_partial_run_is_measured_whole_and_trained_as_without(tmp_path, blocks, master):
+    def plug():
+        return sparse_adamw(ranking="random", fraction=0.3, blocks=blocks, master_dtype=master)
+
+    plain, watched = with_dropout(), with_dropout()
+    trainer(plain, tmp_path / "a", optimizer=plug()).train()
+    callback, known = BlueprintCallback(HELD_OUT), plug()
+    trainer(watched, tmp_path / "b", [callback], known).train()
+    after = state(watched)
+    for name, value in state(plain).items():
+        assert torch.equal(value, after[name]), name
+    # What it saw is what a probe sees of a plain model with these weights, all of them.
+    saved = with_dropout()
+    saved.load_state_dict(watched.state_dict())
+    expected, loss = measure(saved, HELD_OUT)
+    last = callback.measurements[-1]
+    assert last.stats.names == expected.names == list(model_parameters(saved))
+    torch.testing.assert_close(
+        torch.tensor(last.stats.grad_norm), torch.tensor(expected.grad_norm)
+    )
+    assert last.loss == pytest.approx(loss)
+    assert callback.blueprint.weights_hash == fg.weights_hash(saved)
+    assert not callback.blueprint.file.model_dump()["dead"]
+    known[0].partial.remove()
+    assert all(p.requires_grad for p in watched.parameters())
+
+
+def test_a_partial_model_made_by_hand_has_to_be_named(tmp_path):
+    def run(**options):
+        model = randomised(llama)
+        chosen = fg.select(None, model=model, fraction=0.3, ranking="random", blocks="16x16")
+        partial = fg.make_partial(model, chosen)
+        optimizer = fg.SparseAdamW(partial.parameters(), lr=1e-2)
+        if options:
+            options["partial"] = partial
+        callback = BlueprintCallback(HELD_OUT, **options)
+        made = trainer(model, tmp_path, [callback])
+        made.optimizer = optimizer
+        made.train()
+        return callback, model
+
+    with pytest.raises(PartialError, match=r"pass partial=\.\.\."):
+        run()
+    callback, model = run(partial=True)
+    assert callback.blueprint.weights_hash == fg.weights_hash(model)
 
 
 # -- measuring ---------------------------------------------------------------------------

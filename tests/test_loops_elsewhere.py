@@ -10,9 +10,8 @@ from safetensors.torch import load_file, load_model
 
 import fastgrad as fg
 from fastgrad.errors import PartialError
-from fastgrad.integrations.transformers import sparse_adamw
 from tests.models import batch_of, llama, randomised
-from tests.training_runs import arguments_of, assert_only_selected_moved, logged, state
+from tests.training_runs import assert_only_selected_moved, state
 
 STEPS, SAVED = 6, 3
 PARTIAL = "partial.safetensors"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback
 
-from fastgrad.errors import FastgradError, PartialError
+from fastgrad.errors import FastgradError
 from fastgrad.granularity import Blocks, check_blocks
 from fastgrad.identity import model_parameters
-from fastgrad.integrations.measuring import measure
-from fastgrad.packed import PartialModule
+from fastgrad.integrations.measuring import measure, whole_model
+from fastgrad.partial import Partial
 from fastgrad.probe import Reduction
 from fastgrad.stats import GradientStats
 
@@ -39,7 +39,8 @@ class BlueprintCallback(TrainerCallback):
     The last measurement is of the weights that training ends with (the best ones, under
     ``load_best_model_at_end``), and is what the blueprint describes; earlier ones become its
     checkpoints. Gradients, random state, train mode and optimizer are left alone: the training
-    run is bit for bit what it would be without the callback.
+    run is bit for bit what it would be without the callback. A partial model is suspended
+    meanwhile, so that the gradient of all its weights is measured.
 
     Args:
         validation_batches: held-out batches, as the model's keyword arguments with labels. Read
@@ -49,6 +50,8 @@ class BlueprintCallback(TrainerCallback):
         domain_tags: what the data is about, for the blueprint.
         output_dir: where ``gradient_blueprint.json`` goes; the Trainer's by default.
         loss_reduction: see :class:`fastgrad.Probe`.
+        partial: what is trained, where the run's optimizer does not come from ``sparse_adamw``
+            (which makes it known) and the model is partial.
 
     Attributes:
         measurements: what was measured so far.
@@ -64,6 +67,7 @@ class BlueprintCallback(TrainerCallback):
         domain_tags: Sequence[str] = (),
         output_dir: str | os.PathLike[str] | None = None,
         loss_reduction: Reduction = "token_mean",
+        partial: Partial | None = None,
     ) -> None:
         check_blocks(blocks)
         if not at or not all(0 < f <= 1 for f in at):
@@ -72,7 +76,7 @@ class BlueprintCallback(TrainerCallback):
             validation_batches = list(validation_batches)
         self.batches, self.at, self.blocks = validation_batches, sorted(set(at)), blocks
         self.domain_tags, self.output_dir = list(domain_tags), output_dir
-        self.loss_reduction = loss_reduction
+        self.loss_reduction, self.partial = loss_reduction, partial
         self.measurements: list[Measurement] = []
         self.blueprint: Blueprint | None = None
         self._steps: dict[int, float] = {}
@@ -87,13 +91,8 @@ class BlueprintCallback(TrainerCallback):
             )
         if model is None:
             raise FastgradError("BlueprintCallback was not given the model to measure")
-        if any(isinstance(m, PartialModule) for m in model.modules()):
-            raise PartialError(
-                "BlueprintCallback measures the gradient of whole weights, and this run trains "
-                "blocks of them. Remedy: leave the callback out, and measure the saved model "
-                "afterwards with fg.Probe"
-            )
-        frozen = sum(not p.requires_grad for p in model_parameters(model).values())
+        with whole_model(model, self.partial, kwargs.get("optimizer")):
+            frozen = sum(not p.requires_grad for p in model_parameters(model).values())
         if frozen:
             warnings.warn(
                 f"{frozen} parameters are frozen: the blueprint will not describe them",
@@ -106,28 +105,33 @@ class BlueprintCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
         if state.global_step in self._steps and state.global_step < state.max_steps:
-            self._measure(self._steps[state.global_step], state, model)
+            self._measure(self._steps[state.global_step], state, model, kwargs.get("optimizer"))
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
         from fastgrad.blueprint import Blueprint
 
-        last = self._measure(1.0, state, model)
-        self.blueprint = Blueprint.from_stats(
-            last.stats,
-            model=model,
-            domain_tags=self.domain_tags,
-            checkpoints=[
-                (f"{m.fraction:.0%}", m.step, m.stats) for m in self.measurements
-            ],
-        )
+        optimizer = kwargs.get("optimizer")
+        last = self._measure(1.0, state, model, optimizer)
+        with whole_model(model, self.partial, optimizer):
+            self.blueprint = Blueprint.from_stats(
+                last.stats,
+                model=model,
+                domain_tags=self.domain_tags,
+                checkpoints=[
+                    (f"{m.fraction:.0%}", m.step, m.stats) for m in self.measurements
+                ],
+            )
         self.blueprint.save_pretrained(self.output_dir or args.output_dir)
 
-    def _measure(self, fraction: float, state: Any, model: nn.Module) -> Measurement:
-        stats, loss = measure(
-            model, self.batches, blocks=self.blocks, loss_reduction=self.loss_reduction
-        )
+    def _measure(
+        self, fraction: float, state: Any, model: nn.Module, optimizer: Any
+    ) -> Measurement:
+        with whole_model(model, self.partial, optimizer):
+            stats, loss = measure(
+                model, self.batches, blocks=self.blocks, loss_reduction=self.loss_reduction
+            )
         found = Measurement(fraction, state.global_step, loss, stats)
         self.measurements.append(found)
         norms = zip(stats.names, stats.grad_norm, strict=True)

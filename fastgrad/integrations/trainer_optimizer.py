@@ -14,6 +14,7 @@ from transformers import Trainer
 from fastgrad.choosing import select
 from fastgrad.errors import FastgradError, PartialError
 from fastgrad.identity import unwrapped
+from fastgrad.integrations.measuring import make_known
 from fastgrad.integrations.trainer_checkpoints import (
     calling_trainer,
     keep_in_checkpoints,
@@ -124,7 +125,9 @@ class SparseAdamWFactory:
             {"params": [p for n, p in trained if n in decayed], "weight_decay": decay},
             {"params": [p for n, p in trained if n not in decayed], "weight_decay": 0.0},
         ]
-        return SparseAdamW(groups, **options)  # an empty group too: a re-selection may fill it
+        optimizer = SparseAdamW(groups, **options)  # an empty group too: it may be filled later
+        make_known(optimizer, partial)
+        return optimizer
 
 
 def sparse_adamw(
