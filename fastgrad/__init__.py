@@ -16,10 +16,12 @@ _PUBLIC = {
     "Blueprint": "blueprint",
     "CostModel": "resources",
     "Coverage": "stats",
+    "FlopPlanner": "flops",
     "GradientStats": "stats",
     "Meter": "meter",
     "Partial": "partial",
     "Probe": "probe",
+    "Reselection": "reselection_schedule",
     "Selection": "selection",
     "ShardReader": "stats_shards",
     "ShardWriter": "stats_shards",
@@ -31,9 +33,11 @@ _PUBLIC = {
     "load_delta": "delta",
     "load_partial": "partial_state",
     "make_partial": "partial",
+    "plan_flops": "flops",
     "plan_memory": "planner",
     "save_delta": "delta",
     "select": "choosing",
+    "step_in_backward": "in_backward",
     "weights_hash": "identity",
 }
 _MODULES = ("distributed", "errors", "heavytail", "integrations", "plots")
@@ -64,7 +68,10 @@ if TYPE_CHECKING:
     from fastgrad.directions import adam_preconditioned as adam_preconditioned
     from fastgrad.directions import gradient_direction as gradient_direction
     from fastgrad.distributed import gather as gather
+    from fastgrad.flops import FlopPlanner as FlopPlanner
+    from fastgrad.flops import plan_flops as plan_flops
     from fastgrad.identity import weights_hash as weights_hash
+    from fastgrad.in_backward import step_in_backward as step_in_backward
     from fastgrad.meter import Meter as Meter
     from fastgrad.optim import SparseAdamW as SparseAdamW
     from fastgrad.partial import Partial as Partial
@@ -72,6 +79,7 @@ if TYPE_CHECKING:
     from fastgrad.partial_state import load_partial as load_partial
     from fastgrad.planner import plan_memory as plan_memory
     from fastgrad.probe import Probe as Probe
+    from fastgrad.reselection_schedule import Reselection as Reselection
     from fastgrad.resources import CostModel as CostModel
     from fastgrad.resources import k_star as k_star
     from fastgrad.selection import Selection as Selection
