@@ -5,19 +5,19 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastgrad.blocks import condensed, grid_of
+from fastgrad.blocks import BlockGrid, condensed, grid_of
+from fastgrad.budgets import Budget, filled, one_budget, price, searched
 from fastgrad.errors import SelectionError
+from fastgrad.filling import Filling
 from fastgrad.granularity import HEAD, Blocks, check_blocks, resolve
-from fastgrad.ranking import CONTROLS, MEASURED, Ranked, block_scores
+from fastgrad.ranking import CONTROLS, MEASURED, SUMS, Ranked, block_scores
 from fastgrad.selection import Selection
+from fastgrad.spread import Shares, plan_spread
 from fastgrad.stats import GradientStats
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
     from fastgrad.blueprint import Blueprint
 
-# A memory budget is met to this fraction of the parameters: below what a plan can promise.
-_MEMORY_RESOLUTION = 1e-4
-
 
 def select(
     source: Blueprint | GradientStats | None,
@@ -36,109 +33,161 @@ def select(
     *,
     fraction: float | None = None,
     count: int | None = None,
-    k_star: str | None = None,
+    submodules: int | None = None,
     memory: str | int | None = None,
+    flops: str | float | None = None,
+    k_star: str | None = None,
     blocks: Blocks | None = None,
     ranking: str = "rms",
+    direction: str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    floor: Shares | None = None,
+    cap: Shares | None = None,
+    spread_by: str | None = None,
     seed: int = 0,
     largest: bool = True,
     optimizer: str = "adamw",
     batch_shape: tuple[int, int] | None = None,
     master_dtype: torch.dtype | None = None,
+    hash_weights: bool = True,
 ) -> Selection:
     """Choose the blocks to train: rank them, then fill one budget.
 
     Blocks are taken from the best score down (equal scores in the model's order). A block that
-    does not fit into what is left of the budget is skipped and the next ones are tried, so the
-    budget is used well and never exceeded.
+    does not fit into what is left of the budget, or of its group's cap, is skipped and the next
+    ones are tried, so the budget is used well and never exceeded. Floors come first: the best
+    blocks of each group that meet its floor, or where those do not fit the blocks of least
+    expense.
 
     Args:
         source: what was measured; None for the controls that need no measurement.
-        model: needed by ``memory``, by ``magnitude``, by ``relative`` below module granularity,
-            where ``source`` is None, where only part of the model was measured, and for ``blocks``
-            that depend on it. If given, parameters that do not require a gradient are left out.
+        model: needed by ``memory`` and ``flops``, by ``magnitude``, by ``relative`` below module
+            granularity, where ``source`` is None, where only part of the model was measured, and
+            for ``blocks`` that depend on it. If given, parameters that do not require a gradient
+            are left out.
         fraction: budget as a share of *all* elements of the model, 0 < fraction <= 1.
         count: budget as a number of blocks.
-        k_star: budget from the blueprint: ``"memory"`` or ``"flops"``.
+        submodules: budget as a number of parameters (weights, biases: the submodules of a
+            blueprint) of which blocks may be chosen; without a cap, all of their blocks are.
         memory: budget in bytes or as text such as ``"16GiB"``, for everything that
-            :func:`fastgrad.plan_memory` counts.
+            :func:`fastgrad.plan_memory` counts: weights, packed copies, gradients, moments and,
+            with ``batch_shape``, activations.
+        flops: budget of one step as a number or text such as ``"2.5T"``, of what
+            :func:`fastgrad.flops.plan_flops` counts; needs ``batch_shape``.
+        k_star: budget from the blueprint: ``"memory"`` or ``"flops"``.
         blocks: granularity; by default that of the measurement, ``"module"`` without one. Or
             ``"head"``, or a mapping of name patterns to granularities, for which ``model`` is
             needed; see :func:`fastgrad.granularity.resolve`.
         ranking: by gradient: ``norm``, ``rms`` (norm/√n, the default), ``relative``
-            (‖g‖/‖w‖; weights that are exactly zero come first), ``alignment`` (signed, mean over
-            examples). Controls: ``random``, ``magnitude`` (‖w‖/√n), ``first``, ``last``
-            (position in the model).
+            (‖g‖/‖w‖; weights that are exactly zero come first), ``l1`` (mean absolute value;
+            statistics of ``Probe(l1=True)``), ``alignment`` (signed inner product with a target
+            direction, mean over examples) and ``alignment_density`` (that by number of elements).
+            Controls: ``random``, ``magnitude`` (‖w‖/√n), ``first``, ``last`` (position in the
+            model). ``norm`` and ``alignment`` add up over a block; the others compare blocks of
+            different sizes and granularities element by element.
+        direction: name of the target direction, where the statistics have several.
         include, exclude: name patterns (``fnmatch``) of the parameters that may be chosen.
+        floor, cap: share of each group's elements that may be chosen which is chosen at least, at
+            most: a number, or a mapping of patterns of group names to numbers (the first pattern
+            that matches counts; without one there is no floor or cap).
+        spread_by: what makes a group for ``floor`` and ``cap``: ``layer`` (the default),
+            ``parameter`` or ``kind`` (the same parameter of all layers), named as in
+            :meth:`Selection.summary`.
         seed: of ``random``.
         largest: False takes the lowest scores first, as a control.
-        optimizer, batch_shape, master_dtype: for ``memory``, as :func:`fastgrad.plan_memory`.
+        optimizer, batch_shape, master_dtype: for ``memory`` and, but for the last, ``flops``, as
+            :func:`fastgrad.plan_memory` has them.
+        hash_weights: where the source names no weights, let the selection name those of the
+            model, so that it is not used on others by mistake. Reads all weights once; under
+            ``fully_shard`` every process has to call this.
 
     Raises:
         SelectionError: for not exactly one budget, an unknown ranking, a pattern that matches
-            nothing, a source that does not fit the model or is too coarse, or an empty result.
+            nothing, a source that does not fit the model or is too coarse, floors and caps that
+            cannot be met, or an empty result.
         BlockSpecError: for an unknown granularity.
     """
-    budget = {"fraction": fraction, "count": count, "k_star": k_star, "memory": memory}
-    given = {kind: value for kind, value in budget.items() if value is not None}
-    if len(given) != 1:
-        raise SelectionError(
-            "give exactly one budget: fraction, count, k_star or memory; got "
-            + (" and ".join(given) or "none")
-        )
+    budget = one_budget({"fraction": fraction, "count": count, "submodules": submodules,
+                         "memory": memory, "flops": flops, "k_star": k_star})  # fmt: skip
     if isinstance(source, str | os.PathLike):
         raise SelectionError(
             f"select needs a blueprint or statistics, not a path. Remedy: "
             f"fg.Blueprint.from_pretrained({os.fspath(source)!r})"
         )
-    (kind, value), = given.items()
     if ranking not in MEASURED + CONTROLS:
         raise SelectionError(f"unknown ranking {ranking!r}; use one of "
                              f"{', '.join(MEASURED + CONTROLS)}")
     if ranking in MEASURED and source is None:
         raise SelectionError(f"ranking {ranking!r} needs a measurement. Remedy: a Blueprint or "
                              "GradientStats, or use random, magnitude, first or last")
+    priced = price(budget, model, optimizer, batch_shape, master_dtype)
     spec, specs = _granularity(source, model, blocks)
     shapes, candidates = _parameters(source, model, ranking in MEASURED)
     candidates = _filtered(candidates, shapes, include, exclude)
     grids = {name: grid_of(name, shapes[name], spec, specs) for name in candidates}
-    scores = block_scores(source, model, ranking, grids, seed)
+    scores = block_scores(source, model, ranking, grids, seed, direction)
     ranked = Ranked(grids, scores, largest)
+    spread = plan_spread(ranked, spread_by, floor, cap)
     meta: dict[str, Any] = {
         "ranking": ranking,
-        "budget": {"kind": kind, "value": value.item() if isinstance(value, np.generic) else value},
+        "budget": {"kind": budget.kind, "value": _plain(budget.value)},
         "source": _describe(source),
         "seed": seed if ranking == "random" else None,
         "largest": largest,
         "include": list(include) if include else None,
         "exclude": list(exclude) if exclude else None,
         "unranked": ranked.unranked,
-        "note": "activations are not counted in the memory budget: no batch_shape was given"
-        if memory is not None and batch_shape is None
-        else None,
+        "note": _note(budget, batch_shape, ranking, grids),
     }
+    if direction is not None:
+        meta["direction"] = direction
     digest = _hash_of(source)
-
-    def made(chosen: Mapping[str, NDArray[np.int64]]) -> Selection:
-        return Selection(shapes, spec, chosen, digest, meta, specs)
-
     total = sum(math.prod(shape) for shape in shapes.values())
-    if memory is not None:
-        if model is None:
-            raise SelectionError("a memory budget needs model=...; one on the meta device will do")
-        return _fill_memory(ranked, made, parse_memory(memory), total, model, optimizer,
-                            batch_shape, master_dtype)  # fmt: skip
-    if count is not None:
-        if isinstance(count, bool) or not isinstance(count, int | np.integer):
-            raise SelectionError(f"count must be a whole number of blocks; got {count!r}")
-        if not 1 <= count <= len(ranked):
-            raise SelectionError(f"count must lie in 1..{len(ranked)}, the number of blocks that "
-                                 f"can be chosen; got {count}")
-        return made(ranked.top(int(count)))
-    share = _k_star_value(source, k_star) if k_star is not None else fraction
-    return made(ranked.fill(_capacity(share, total)))
+
+    def made(filling: Filling) -> Selection:
+        return Selection(shapes, spec, ranked.named(filling.ranks), digest, meta, specs)
+
+    if priced is None:
+        filling = filled(budget, source, ranked, spread, total)
+    else:
+        cost, unit = priced
+        filling, needed = searched(budget, ranked, spread, made, cost, total, unit)
+        meta["needs"] = {"unit": unit, "value": needed}
+    if spread is not None:
+        meta["spread"] = {
+            "by": spread_by or "layer",
+            "floor": _plain(floor),
+            "cap": _plain(cap),
+            "floors_by": filling.floors_by,
+            "groups": spread.to_meta(),
+        }
+    if digest is None and hash_weights and model is not None:
+        digest = _hash_of_weights(model)
+    return made(filling)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON knows it."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _note(
+    budget: Budget,
+    batch_shape: tuple[int, int] | None,
+    ranking: str,
+    grids: Mapping[str, BlockGrid],
+) -> str | None:
+    notes = []
+    if budget.kind == "memory" and batch_shape is None:
+        notes.append("activations are not counted in the memory budget: no batch_shape was given")
+    if ranking in SUMS and len({g.spec for g in grids.values() if len(g.shape) > 1}) > 1:
+        better = "rms" if ranking == "norm" else "alignment_density"
+        notes.append(f"{ranking} adds up over a block, so that of several granularities the "
+                     f"coarser comes first; {better} compares element by element")
+    return "; ".join(notes) or None
 
 
 def _granularity(
@@ -153,83 +202,6 @@ def _granularity(
         raise SelectionError(f"blocks={blocks!r} depends on the model. Remedy: pass model=..., or "
                              "leave blocks out to take those of the measurement")
     return condensed(resolve(model, blocks))
-
-
-def parse_memory(text: str | int) -> int:
-    """Bytes from a number or from text such as ``16GiB`` (2^30) or ``16GB`` (10^9).
-
-    Raises:
-        SelectionError: if it is not a positive amount of memory.
-    """
-    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
-             "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", str(text), re.I | re.ASCII)
-    size = int(Fraction(match[1]) * units[match[2].lower()]) if match else 0
-    if size < 1:
-        raise SelectionError(f"{text!r} is not an amount of memory; write for instance '16GiB', "
-                             "'500MB' or a number of bytes")
-    return size
-
-
-def _capacity(fraction: Any, total: int) -> int:
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float | np.number):
-        raise SelectionError(f"fraction must be a number; got {fraction!r}")
-    if not 0 < fraction <= 1:
-        raise SelectionError(f"fraction must lie in (0, 1]; got {fraction}")
-    # As the decimal number that the user wrote: 0.29 of 100 is 29, though 0.29 * 100 < 29.
-    return int(Fraction(repr(float(fraction))) * total)
-
-
-def _k_star_value(source: Blueprint | GradientStats | None, resource: str) -> float:
-    if source is None or isinstance(source, GradientStats):
-        raise SelectionError("k_star is read from a blueprint. Remedy: pass "
-                             "Blueprint.from_stats(stats)")
-    if resource not in source.k_star:
-        raise SelectionError(f"the blueprint has no k* for {resource!r}; it has "
-                             f"{', '.join(source.k_star) or 'none'}")
-    return source.k_star[resource].value
-
-
-def _fill_memory(
-    ranked: Ranked,
-    made: Any,
-    budget: int,
-    total: int,
-    model: nn.Module,
-    optimizer: str,
-    batch_shape: tuple[int, int] | None,
-    master_dtype: torch.dtype | None,
-) -> Selection:
-    """The largest filling whose plan stays within ``budget`` bytes, by bisection."""
-    import fastgrad
-
-    def attempt(capacity: int) -> tuple[Selection, int]:
-        selection: Selection = made(ranked.fill(capacity))
-        plan = fastgrad.plan_memory(
-            model, selection, optimizer=optimizer, batch_shape=batch_shape,
-            master_dtype=master_dtype,
-        )  # fmt: skip
-        return selection, int(plan.total)
-
-    low, high = int(ranked.sizes.min()), total
-    best, needed = attempt(low)
-    if needed > budget:
-        raise SelectionError(
-            f"{budget:,} bytes are not enough: weights and the smallest selection of {low:,} "
-            f"elements need {needed:,}. Remedy: a larger memory budget, or finer blocks=..."
-        )
-    everything, needed = attempt(high)
-    if needed <= budget:
-        return everything
-    # Invariant: what ``low`` gives fits and is in ``best``; what ``high`` gives does not.
-    while high - low > max(1, total * _MEMORY_RESOLUTION):
-        middle = (low + high) // 2
-        selection, needed = attempt(middle)
-        if needed <= budget:
-            low, best = middle, selection
-        else:
-            high = middle
-    return best
 
 
 def _parameters(
@@ -326,3 +298,12 @@ def _hash_of(source: Blueprint | GradientStats | None) -> str | None:
     if isinstance(source, GradientStats):
         return source.meta.get("weights_hash")
     return None if source is None else source.weights_hash
+
+
+def _hash_of_weights(model: nn.Module) -> str | None:
+    """Hash of the weights that the model has; None on the meta device, where there are none."""
+    from fastgrad.identity import model_parameters, weights_hash
+
+    if any(p.is_meta for p in model_parameters(model).values()):
+        return None
+    return weights_hash(model)

@@ -18,12 +18,21 @@ if TYPE_CHECKING:
     from fastgrad.blueprint import Blueprint
 
 Array = NDArray[np.float64]
-MEASURED = ("norm", "rms", "relative", "alignment")
+MEASURED = ("norm", "rms", "relative", "l1", "alignment", "alignment_density")
+#: Sums over a block, in which large blocks come first; the others compare element by element.
+SUMS = ("norm", "alignment")
 CONTROLS = ("random", "magnitude", "first", "last")
 
 
 class Ranked:
-    """Blocks in the order in which they are wanted."""
+    """Blocks in the order in which they are wanted.
+
+    Attributes:
+        names: the parameters.
+        owner, ids, sizes: int64 ``[n]``, for each rank the parameter's number, the block's number
+            in it and its elements.
+        unranked: parameters of which a block has no score.
+    """
 
     def __init__(
         self, grids: Mapping[str, BlockGrid], scores: Mapping[str, Array], largest: bool
@@ -48,31 +57,9 @@ class Ranked:
     def __len__(self) -> int:
         return int(self.ids.size)
 
-    def top(self, count: int) -> dict[str, NDArray[np.int64]]:
-        return self._named(np.arange(count))
-
-    def fill(self, capacity: int) -> dict[str, NDArray[np.int64]]:
-        """Greedy: each block in turn, if it fits into what is left of ``capacity`` elements."""
-        left = capacity
-        waiting = np.flatnonzero(self.sizes <= left)
-        taken = []
-        while waiting.size:
-            # The longest stretch that fits as a whole, then everything that no longer fits goes:
-            # the same result as block by block, without a Python step for each of millions.
-            fits = int(np.searchsorted(np.cumsum(self.sizes[waiting]), left, side="right"))
-            taken.append(waiting[:fits])
-            left -= int(self.sizes[waiting[:fits]].sum())
-            waiting = waiting[fits:]
-            waiting = waiting[self.sizes[waiting] <= left]
-        if not taken:
-            raise SelectionError(
-                f"the selection is empty: the budget is {capacity:,} elements and the smallest "
-                f"block has {int(self.sizes.min()):,}. Remedy: a larger budget or finer blocks=..."
-            )
-        return self._named(np.concatenate(taken))
-
-    def _named(self, positions: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        owner, ids = self.owner[positions], self.ids[positions]
+    def named(self, ranks: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Parameter name -> ascending numbers of the blocks at these ranks."""
+        owner, ids = self.owner[ranks], self.ids[ranks]
         by_owner = np.lexsort((ids, owner))
         owner, ids = owner[by_owner], ids[by_owner]
         present, starts = np.unique(owner, return_index=True)
@@ -109,8 +96,16 @@ def block_scores(
     ranking: str,
     grids: Mapping[str, BlockGrid],
     seed: int,
+    direction: str | None = None,
 ) -> dict[str, Array]:
-    """Score of every block; larger is wanted more; NaN where it is not known."""
+    """Score of every block; larger is wanted more; NaN where it is not known.
+
+    Raises:
+        SelectionError: if source or model do not know what the ranking needs.
+    """
+    if direction is not None and not ranking.startswith("alignment"):
+        raise SelectionError(f"direction={direction!r} is for ranking='alignment' or "
+                             f"'alignment_density', not {ranking!r}")
     if ranking == "random":
         rng = np.random.default_rng(seed)
         return {name: rng.random(grid.n_blocks) for name, grid in grids.items()}
@@ -125,8 +120,13 @@ def block_scores(
             for name, sq in _weight_sq(model, grids).items()
         }
     assert source is not None
-    if ranking == "alignment":
-        return _alignment(source, grids)
+    if ranking.startswith("alignment"):
+        sums = _alignment(source, grids, direction)
+        if ranking == "alignment":
+            return sums
+        return {n: s / np.maximum(grids[n].sizes(), 1) for n, s in sums.items()}
+    if ranking == "l1":
+        return _mean_abs(source, grids)
     energies = stats_energy(source, grids) if isinstance(source, GradientStats) else (
         source.energy(grids)
     )  # fmt: skip
@@ -178,17 +178,61 @@ def refuse_coarse(
 
 
 def _alignment(
-    source: Blueprint | GradientStats, grids: Mapping[str, BlockGrid]
+    source: Blueprint | GradientStats, grids: Mapping[str, BlockGrid], direction: str | None
 ) -> dict[str, Array]:
+    """Inner product of each block's part of the contributions with the direction, mean over
+    examples."""
     if not isinstance(source, GradientStats):
         raise SelectionError("a blueprint does not know the direction that alignment refers to. "
                              "Remedy: pass GradientStats of a Probe with targets=...")
-    if len(source.directions) != 1:
-        raise SelectionError(f"alignment needs exactly one target direction; the statistics have "
-                             f"{len(source.directions)}")
-    mean = dict(zip(source.names, source.alignment.mean(1), strict=True))
-    found = {name: np.array([mean[name]]) for name, grid in grids.items() if grid.is_whole}
-    refuse_coarse("module", {}, grids, found)
+    known = source.directions
+    if not known:
+        raise SelectionError("the statistics have no target direction to be aligned with. Remedy: "
+                             "measure with Probe(model, targets=...)")
+    if direction is None and len(known) > 1:
+        raise SelectionError(f"the statistics have {len(known)} target directions. Remedy: "
+                             f"direction=... with one of {', '.join(known)}")
+    if direction is not None and direction not in known:
+        raise SelectionError(f"the statistics have no direction {direction!r}; they have "
+                             f"{', '.join(known)}")
+    if source.n_examples == 0:
+        raise SelectionError("alignment needs examples. Remedy: measure with per_example=True")
+    k = 0 if direction is None else known.index(direction)
+    mean = dict(zip(source.names, source.alignment_by_direction[k].mean(1), strict=True))
+    found, unrecorded = {}, []
+    for name, grid in grids.items():
+        if grid.is_whole:
+            found[name] = np.array([mean[name]])
+        elif source.grid(name).same_blocks(grid):
+            if name in source.block_alignment:
+                found[name] = source.block_alignment[name][k] / source.n_examples
+            else:
+                unrecorded.append(name)
+    if unrecorded:
+        raise SelectionError(f"{unrecorded[0]}: these statistics hold no alignment of its blocks; "
+                             "they were made by an older version. Remedy: blocks='module', or "
+                             "measure anew")
+    refuse_coarse(source.spec, source.specs, grids, found)
+    return found
+
+
+def _mean_abs(
+    source: Blueprint | GradientStats, grids: Mapping[str, BlockGrid]
+) -> dict[str, Array]:
+    """Mean absolute gradient of each block."""
+    if not isinstance(source, GradientStats) or not source.block_batch_abs:
+        what = "these statistics do" if isinstance(source, GradientStats) else "a blueprint does"
+        raise SelectionError(f"{what} not hold absolute gradients. Remedy: pass GradientStats of "
+                             "Probe(model, l1=True), or rank by rms")
+    found = {}
+    for name, grid in grids.items():
+        own = source.grid(name)
+        if own.same_blocks(grid):
+            found[name] = source.mean_abs(name)
+        elif grid.is_whole:
+            mean = (source.mean_abs(name) * own.sizes()).sum() / max(own.numel, 1)
+            found[name] = np.array([mean])
+    refuse_coarse(source.spec, source.specs, grids, found)
     return found
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrad.blocks import BlockGrid, check_spec, check_specs, grid_of, in_words
+from fastgrad.blocks import BlockGrid, check_spec, check_specs, grid_of
 from fastgrad.errors import BlockSpecError, SelectionError
 from fastgrad.files import write_text
 
@@ -134,36 +134,15 @@ class Selection:
         return self.n_parameters / self.n_total
 
     def summary(self) -> str:
-        """Where the budget went, as text: in all, by layer, by kind of module."""
-        made = [f"{key} {self.meta[key]}" for key in ("ranking",) if key in self.meta]
-        budget = self.meta.get("budget")
-        if isinstance(budget, Mapping):
-            made.append(f"budget {budget.get('kind')} = {budget.get('value')}")
-        whole = sum(self.is_whole(name) for name in self.blocks)
-        lines = [
-            f"{self.n_parameters:,} of {self.n_total:,} parameters ({self.fraction:.1%}) in "
-            f"{self.n_blocks:,} blocks of granularity {in_words(self.spec, self.specs)}"
-            + (f"; {', '.join(made)}" if made else ""),
-            f"{len(self.blocks)} of {len(self.shapes)} parameter tensors touched, {whole} whole",
-        ]
-        if self.meta.get("note"):
-            lines.append(f"note: {self.meta['note']}")
-        selected = {name: self.n_selected(name) for name in self.shapes}
-        for title, group in (("layer", _layer_of), ("kind of parameter", _kind_of)):
-            chosen: dict[str, int] = {}
-            total: dict[str, int] = {}
-            for name, shape in self.shapes.items():
-                key = group(name)
-                chosen[key] = chosen.get(key, 0) + selected[name]
-                total[key] = total.get(key, 0) + math.prod(shape)
-            width = max(len(title), *(len(key) for key in total))
-            lines += ["", f"{title:<{width}}  {'selected':>14}  {'of it':>6}  {'of budget':>9}"]
-            lines += [
-                f"{key:<{width}}  {chosen[key]:>14,}  {chosen[key] / max(total[key], 1):>6.1%}  "
-                f"{chosen[key] / self.n_parameters:>9.1%}"
-                for key in total
-            ]
-        return "\n".join(lines)
+        """Where the budget went, as text: in all, by granularity if there are several, by layer
+        and by kind of parameter, with floors and caps where there are any.
+
+        ``of it`` is the selected share of the group, ``of budget`` the group's share of all that
+        is selected.
+        """
+        from fastgrad.selection_report import report
+
+        return report(self)
 
     def check_model(self, model: nn.Module, *, allow_other_weights: bool = False) -> None:
         """Check that this selection was made for ``model``: names, shapes and, if known, weights.
@@ -276,10 +255,12 @@ def _from_runs(runs: Any, n_blocks: int, name: str) -> NDArray[np.int64]:
     return np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in runs])
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
+    """``layers.3`` of ``layers.3.mlp.up_proj.weight``; outside numbered layers the module."""
     match = re.match(r"^(?:.*?\.)?\d+(?=\.)", name)
     return match[0] if match else name.rpartition(".")[0] or name
 
 
-def _kind_of(name: str) -> str:
+def kind_of(name: str) -> str:
+    """The name with ``*`` for its numbers: what parameters of several layers have in common."""
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)

@@ -14,7 +14,8 @@ from torch import nn
 
 import fastgrad as fg
 from fastgrad.blocks import BlockGrid
-from fastgrad.choosing import parse_memory, select
+from fastgrad.budgets import parse_memory
+from fastgrad.choosing import select
 from fastgrad.errors import BlockSpecError, SelectionError
 from fastgrad.ranking import CONTROLS, rank_scores
 from fastgrad.selection import Selection
@@ -428,7 +429,7 @@ def test_alignment():
     rest = select(stats, fraction=1.0, ranking="alignment")
     assert "head.weight" not in rest.blocks  # its influence is not known
     assert rest.meta["unranked"] == ["head.weight"]
-    with pytest.raises(SelectionError, match="one target direction"):
+    with pytest.raises(SelectionError, match=r"no target direction.*Probe\(model, targets="):
         select(synthetic_stats(), count=1, ranking="alignment")
     with pytest.raises(SelectionError, match="does not know the direction"):
         select(fg.Blueprint.from_stats(synthetic_stats()), count=1, ranking="alignment")
@@ -447,7 +448,9 @@ def test_controls():
     draws = [select(None, model, ranking="random", fraction=0.4, seed=s) for s in range(6)]
     assert draws[0] == select(None, model, ranking="random", fraction=0.4, seed=0)
     assert len({tuple(d.names) for d in draws}) > 1
-    assert all(d.weights_hash is None for d in draws)
+    assert {d.weights_hash for d in draws} == {fg.weights_hash(model)}
+    assert select(None, model, ranking="first", count=1, hash_weights=False).weights_hash is None
+    assert select(None, Toy().to("meta"), ranking="first", count=1).weights_hash is None
     with torch.no_grad():
         model.layers.get_submodule("0").norm.weight.mul_(100)
     assert select(None, model, ranking="magnitude", count=1).names == ["layers.0.norm.weight"]

@@ -1,0 +1,314 @@
+"""Budgets of a selection: what they say, and the largest filling that one of bytes or FLOPs allows.
+
+Elements, blocks and submodules are counted while blocks are taken (see :mod:`fastgrad.filling`).
+What a selection takes of memory or FLOPs is known from a plan of the whole step alone, so there
+the number of elements is searched for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from fastgrad.errors import SelectionError
+from fastgrad.filling import Blocks, Elements, Filling, Tensors, fill, thriftiest
+from fastgrad.stats import GradientStats
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from fastgrad.blueprint import Blueprint
+    from fastgrad.ranking import Ranked
+    from fastgrad.selection import Selection
+    from fastgrad.spread import Spread
+
+KINDS = ("fraction", "count", "submodules", "memory", "flops", "k_star")
+
+#: A search ends when it knows the elements to this fraction of the model, or when this fraction of
+#: the budget is left: below what a plan can promise.
+RESOLUTION = 1e-4
+_MAX_ATTEMPTS = 40
+
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+class Budget(NamedTuple):
+    """The one budget that was given: one of :data:`KINDS`, and what it allows."""
+
+    kind: str
+    value: Any
+
+
+def one_budget(given: dict[str, Any]) -> Budget:
+    """The budget that is not None.
+
+    Raises:
+        SelectionError: for none, or more than one.
+    """
+    present = [Budget(kind, value) for kind, value in given.items() if value is not None]
+    if len(present) != 1:
+        raise SelectionError(
+            f"give exactly one budget: {', '.join(KINDS[:-1])} or {KINDS[-1]}; got "
+            + (" and ".join(b.kind for b in present) or "none")
+        )
+    return present[0]
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes from a number or from text such as ``16GiB`` (2^30) or ``16GB`` (10^9).
+
+    Raises:
+        SelectionError: if it is not a positive amount of memory.
+    """
+    units = _DECIMAL | {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", str(text), re.I | re.ASCII)
+    size = int(Fraction(match[1]) * units[match[2].lower()]) if match else 0
+    if size < 1:
+        raise SelectionError(f"{text!r} is not an amount of memory; write for instance '16GiB', "
+                             "'500MB' or a number of bytes")
+    return size
+
+
+def parse_flops(text: str | float) -> int:
+    """Floating-point operations from a number or from text such as ``2.5T``, ``2.5 TFLOPs`` or
+    ``2.5e12``.
+
+    Raises:
+        SelectionError: if it is not a positive number of operations.
+    """
+    units = _DECIMAL | {"p": 10**15, "e": 10**18}
+    number = r"\s*(\d+(?:\.\d+)?(?:e\+?\d{1,2})?)\s*([kmgtpe]|)(?:flops?)?\s*"
+    match = re.fullmatch(number, str(text), re.I | re.ASCII)
+    found = int(Fraction(match[1]) * units[match[2].lower()]) if match else 0
+    if found < 1 or isinstance(text, bool):
+        raise SelectionError(f"{text!r} is not a number of FLOPs; write for instance '2.5T' "
+                             "(2.5e12) or a number")
+    return found
+
+
+def parse_count(kind: str, value: Any, most: int) -> int:
+    """A whole number in ``1..most``.
+
+    Raises:
+        SelectionError: if it is not.
+    """
+    what = "blocks" if kind == "count" else "parameters"
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise SelectionError(f"{kind} must be a whole number of {what}; got {value!r}")
+    if not 1 <= value <= most:
+        raise SelectionError(f"{kind} must lie in 1..{most}, the number of {what} that can be "
+                             f"chosen; got {value}")
+    return int(value)
+
+
+def capacity(fraction: Any, total: int) -> int:
+    """Elements that a fraction of ``total`` allows.
+
+    Raises:
+        SelectionError: unless it is a number in (0, 1].
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float | np.number):
+        raise SelectionError(f"fraction must be a number; got {fraction!r}")
+    if not 0 < fraction <= 1:
+        raise SelectionError(f"fraction must lie in (0, 1]; got {fraction}")
+    # As the decimal number that the user wrote: 0.29 of 100 is 29, though 0.29 * 100 < 29.
+    return int(Fraction(repr(float(fraction))) * total)
+
+
+def k_star_value(source: Blueprint | GradientStats | None, resource: str) -> float:
+    """The fraction that a blueprint says pays best for a resource.
+
+    Raises:
+        SelectionError: for another source, or a resource that the blueprint does not know.
+    """
+    if source is None or isinstance(source, GradientStats):
+        raise SelectionError("k_star is read from a blueprint. Remedy: pass "
+                             "Blueprint.from_stats(stats)")
+    if resource not in source.k_star:
+        raise SelectionError(f"the blueprint has no k* for {resource!r}; it has "
+                             f"{', '.join(source.k_star) or 'none'}")
+    return source.k_star[resource].value
+
+
+Found = TypeVar("Found")
+
+
+class Attempt(NamedTuple, Generic[Found]):
+    """A filling and what it takes of the budget."""
+
+    capacity: int
+    found: Found
+    cost: float
+
+
+def largest_within(
+    limit: int,
+    low: int,
+    high: int,
+    filled: Callable[[int], Found],
+    same: Callable[[Found, Found], bool],
+    cost: Callable[[Found], float],
+) -> Attempt[Found] | None:
+    """The filling of the largest capacity that was found to cost at most ``limit``; None if that
+    of ``low`` costs more.
+
+    Between a capacity that fits and one that does not, the next one to try is where a straight
+    line says that the limit lies, or halfway where that did not help: costs are nearly linear in
+    the elements, with steps where the backward pass reaches one layer more. Each answer has been
+    priced itself, so it fits even where costs do not rise with the capacity everywhere.
+
+    Args:
+        limit: of the cost.
+        low, high: capacities in elements.
+        filled: what a capacity gives.
+        same: whether two fillings are the same, which saves pricing them twice.
+        cost: price of a filling; dear.
+    """
+    first = filled(low)
+    fits = Attempt(low, first, cost(first))
+    if fits.cost > limit:
+        return None
+    everything = filled(high)
+    fails = Attempt(high, everything, cost(everything))
+    if fails.cost <= limit:
+        return fails
+    enough = max(1, int(high * RESOLUTION))
+    width = 2 * (fails.capacity - fits.capacity)
+    for _ in range(_MAX_ATTEMPTS):
+        before, width = width, fails.capacity - fits.capacity
+        if width <= enough or limit - fits.cost <= limit * RESOLUTION:
+            break
+        middle = (fits.capacity + fails.capacity) // 2
+        if 2 * width <= before:  # the last step served well
+            step = int(width * (limit - fits.cost) / (fails.cost - fits.cost))
+            margin = max(width // 50, 1)
+            middle = fits.capacity + min(max(step, margin), width - margin)
+        found = filled(middle)
+        if same(found, fits.found):
+            fits = Attempt(middle, found, fits.cost)
+        elif same(found, fails.found):
+            fails = Attempt(middle, found, fails.cost)
+        elif (price := cost(found)) <= limit:
+            fits = Attempt(middle, found, price)
+        else:
+            fails = Attempt(middle, found, price)
+    return fits
+
+
+def filled(
+    budget: Budget,
+    source: Blueprint | GradientStats | None,
+    ranked: Ranked,
+    spread: Spread | None,
+    total: int,
+) -> Filling:
+    """The blocks that a budget of elements, blocks or submodules allows.
+
+    Args:
+        source: what k* is read from.
+        total: elements of the whole model, which fractions are of.
+
+    Raises:
+        SelectionError: for a budget that is no number of its kind, or allows nothing.
+    """
+    if budget.kind == "count":
+        count = parse_count("count", budget.value, len(ranked))
+        return fill(ranked, Blocks(count), spread)
+    if budget.kind == "submodules":
+        count = parse_count("submodules", budget.value, int(np.unique(ranked.owner).size))
+        return fill(ranked, Tensors(ranked, count), spread)
+    share = budget.value
+    if budget.kind == "k_star":
+        share = k_star_value(source, share)
+    return fill(ranked, Elements(ranked, capacity(share, total)), spread)
+
+
+def searched(
+    budget: Budget,
+    ranked: Ranked,
+    spread: Spread | None,
+    made: Callable[[Filling], Selection],
+    cost: Callable[[Selection], float],
+    total: int,
+    unit: str,
+) -> tuple[Filling, float]:
+    """The largest filling of which the plan stays within a budget of bytes or FLOPs, and what it
+    needs.
+
+    Args:
+        made: makes a selection of a filling.
+        cost: what a selection needs, in ``unit``; both as :func:`price` gives them.
+        total: elements of the whole model.
+
+    Raises:
+        SelectionError: if the smallest selection needs more than the budget.
+    """
+    limit = parse_memory(budget.value) if unit == "bytes" else parse_flops(budget.value)
+    least = int(ranked.sizes.min())
+    if spread is not None and spread.floor.any():
+        least = thriftiest(ranked, spread)
+
+    def taken(elements: int) -> Filling:
+        return fill(ranked, Elements(ranked, elements), spread)
+
+    def priced(filling: Filling) -> float:
+        return cost(made(filling))
+
+    best = largest_within(
+        limit, least, total, taken, lambda a, b: np.array_equal(a.ranks, b.ranks), priced
+    )
+    if best is None:
+        smallest = taken(least)
+        needed = priced(smallest)
+        raise SelectionError(
+            f"{limit:,} {unit} are not enough: with the smallest selection, of "
+            f"{int(ranked.sizes[smallest.ranks].sum()):,} elements, a step needs {needed:,.0f}. "
+            f"Remedy: a larger {budget.kind} budget, finer blocks=..., or include=[...] of what is "
+            "nearer to the output, so that the backward pass ends earlier"
+        )
+    return best.found, best.cost
+
+
+def price(
+    budget: Budget,
+    model: nn.Module | None,
+    optimizer: str,
+    batch_shape: tuple[int, int] | None,
+    master_dtype: torch.dtype | None,
+) -> tuple[Callable[[Selection], float], str] | None:
+    """What a selection takes of a budget of memory or FLOPs, and the unit; None for others.
+
+    Raises:
+        SelectionError: if the model, or for FLOPs the shape of the batch, is not known.
+    """
+    if budget.kind not in ("memory", "flops"):
+        return None
+    if model is None:
+        raise SelectionError(f"a {budget.kind} budget needs model=...; one on the meta device "
+                             "will do")
+    if budget.kind == "memory":
+        import fastgrad
+
+        def memory(selection: Selection) -> float:
+            plan = fastgrad.plan_memory(
+                model, selection, optimizer=optimizer, batch_shape=batch_shape,
+                master_dtype=master_dtype,
+            )  # fmt: skip
+            return float(plan.total)
+
+        return memory, "bytes"
+    if batch_shape is None:
+        raise SelectionError("a flops budget is for one step. Remedy: batch_shape=(rows, tokens)")
+    from fastgrad.flops import FlopPlanner
+
+    planner = FlopPlanner(model, batch_shape, optimizer=optimizer)
+
+    def flops(selection: Selection) -> float:
+        return float(planner.plan(selection).total)
+
+    return flops, "FLOPs"
