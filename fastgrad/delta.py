@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastgrad import sharded
 from fastgrad.blocks import BlockGrid, check_specs, grid_of
 from fastgrad.errors import BlockSpecError, DeltaError
 from fastgrad.files import atomic_path
-from fastgrad.identity import model_parameters, tensors_hash, weights_hash
+from fastgrad.identity import model_parameters, tensors_hash, weights_hash, whole
 from fastgrad.packed import refresh_packed
 from fastgrad.partial import Partial
 from fastgrad_kernels.layout import gather_blocks, matrix_view, write_blocks_
@@ -43,6 +44,8 @@ class AppliedDelta:
 
 def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
     """Write the trained blocks as safetensors, atomically. Returns the file's size in bytes.
+
+    Under ``fully_shard`` all processes have to call this, and one of them writes the file.
 
     Raises:
         DeltaError: if the partial model was made without the hash of its base weights.
@@ -76,9 +79,13 @@ def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
         "content_hash": _content_hash(tensors),
         "shapes": {n: list(selection.shapes[n]) for n in selection.blocks},
     }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"fastgrad": json.dumps(header, sort_keys=True)})
-    return os.path.getsize(path)
+
+    def write() -> int:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"fastgrad": json.dumps(header, sort_keys=True)})
+        return os.path.getsize(path)
+
+    return sharded.once(partial.model, write)
 
 
 @torch.no_grad()
@@ -203,7 +210,7 @@ def _check_values(
 
 
 def _read(p: Tensor, grid: BlockGrid, ids: Tensor | None) -> Tensor:
-    p = p.detach()
+    p = whole(p.detach())
     if ids is None:
         return p.clone()
     return gather_blocks(matrix_view(p), ids.to(p.device), grid.block_rows, grid.block_cols)

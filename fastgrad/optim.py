@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastgrad.errors import NonFiniteGradientError
+from fastgrad.sharded import agreed, local
 from fastgrad_kernels import ops
 from fastgrad_kernels.dispatch import keep, upload
 
@@ -142,10 +143,10 @@ class SparseAdamW(Optimizer):
             for p, (full, _) in zip(params, targets, strict=False)
         ]
         ops.adamw_(
-            params,
-            [p.grad for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [local(p) for p in params],
+            [local(p.grad) for p in params],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [s["step"] for s in states],
             [full for full, _ in targets],
             [ids for _, ids in targets],
@@ -181,7 +182,7 @@ class SparseAdamW(Optimizer):
 
     def _check_gradients(self) -> None:
         named = [
-            (name, p.grad)
+            (name, local(p.grad))
             for g, group in enumerate(self.param_groups)
             if group["check_finite"]
             for name, p in zip(self._names(g), group["params"], strict=True)
@@ -193,12 +194,14 @@ class SparseAdamW(Optimizer):
                     f"SparseAdamW does not support sparse gradients ({name}); its "
                     "sparsity is in the choice of blocks"
                 )
-        if not named:
-            return
         by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
         for name, grad in named:
             by_device.setdefault(grad.device, []).append((name, grad))
-        bad = [name for group in by_device.values() for name in _nonfinite(group)]
+        bad = agreed(
+            [name for group in by_device.values() for name in _nonfinite(group)],
+            [p for group in self.param_groups for p in group["params"]],
+            lambda: [n for g in range(len(self.param_groups)) for n in self._names(g)],
+        )
         if bad:
             raise NonFiniteGradientError(bad, "No parameter and no state was changed.")
 
@@ -257,9 +260,9 @@ class SparseAdamW(Optimizer):
                 self.state[p]["step"] = count.to(device, torch.float32, copy=True)
 
     def state_bytes(self) -> int:
-        """Bytes of all state tensors."""
+        """Bytes of all state tensors; of this process' shards under ``fully_shard``."""
         return sum(
-            t.numel() * t.element_size()
+            local(t).numel() * t.element_size()
             for s in self.state.values()
             for t in s.values()
             if isinstance(t, Tensor)

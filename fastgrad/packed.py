@@ -107,12 +107,23 @@ class PackedBlocks:
 
     def check_untouched(self) -> None:
         """Raises PartialError if somebody else has written to the full weight."""
-        if self.full._version != self._full_seen:
+        if self.full._version != self._full_seen and not self._broadcast():
             raise PartialError(
                 f"{self.name} was changed from outside while its selected blocks are trained; the "
                 "change would be overwritten. Remedy: call refresh() on the Partial after "
                 "changing weights, before the next optimizer step"
             )
+
+    @torch.no_grad()
+    def _broadcast(self) -> bool:
+        """Both sides were written from outside and hold the same: DistributedDataParallel does
+        so, when it is made, with what process 0 has."""
+        alike = not self.in_sync and torch.equal(
+            self.gather(self.full.detach()), self.packed.detach().to(self.full.dtype)
+        )
+        if alike:
+            self.written()
+        return alike
 
     def written(self) -> None:
         """Both sides hold the same values now."""
