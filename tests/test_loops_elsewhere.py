@@ -7,11 +7,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, load_model
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
 
 import fastgrad as fg
 from fastgrad.errors import PartialError
+from fastgrad.integrations.transformers import sparse_adamw
 from tests.models import batch_of, llama, randomised
-from tests.training_runs import assert_only_selected_moved, state
+from tests.sft import sentences, tokenizer
+from tests.training_runs import arguments_of, assert_only_selected_moved, logged, state
 
 STEPS, SAVED = 6, 3
 PARTIAL = "partial.safetensors"
@@ -107,3 +111,62 @@ def test_weights_of_another_checkpoint_are_refused(tmp_path):
     accelerated(torch.bfloat16, "no", tmp_path, last=SAVED)
     with pytest.raises(PartialError, match="changed between save and resume"):
         fg.load_partial(randomised(llama).to(torch.bfloat16), tmp_path / PARTIAL)
+
+
+# -- TRL ---------------------------------------------------------------------------------
+
+
+def sft(model, folder, plug=None, callbacks=(), **options):
+    arguments = arguments_of(
+        folder, SFTConfig, **({"max_steps": 20, "bf16": False, "logging_steps": 10} | options)
+    )
+    run = SFTTrainer(
+        model=model, args=arguments, train_dataset=sentences(), processing_class=tokenizer(),
+        optimizer_cls_and_kwargs=plug, callbacks=list(callbacks),
+    )  # fmt: skip
+    run.pop_callback(PrinterCallback)
+    return run
+
+
+@pytest.mark.parametrize(("blocks", "options"), [
+    ("16x16", {}),
+    ("module", {"packing": True, "max_length": 16, "padding_free": False}),
+    ("16x16", {"gradient_checkpointing": True, "bf16": True, "gradient_accumulation_steps": 2}),
+], ids=["plain", "packed-rows", "checkpointing-bf16"])  # fmt: skip
+def test_sft_trains_the_selection_alone(tmp_path, blocks, options):
+    model = randomised(lambda: llama(tied=True))
+    before = state(model)
+    plug = sparse_adamw(ranking="random", fraction=0.4, blocks=blocks)
+    run = sft(model, tmp_path, plug, **options)
+    run.train()
+    first, *_, last = logged(run, "loss")
+    assert last < 0.9 * first
+    assert_only_selected_moved(model, before, plug[0].partial.selection)
+    run.save_model(str(tmp_path / "tuned"))
+    again = type(randomised(llama)).from_pretrained(tmp_path / "tuned").state_dict()
+    saved = model.state_dict()
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[key], saved[key]) for key in saved)
+
+
+def test_sft_with_everything_selected_is_sft(tmp_path):
+    theirs, ours = randomised(llama), randomised(llama)
+    sft(theirs, tmp_path / "a", optim="adamw_torch").train()
+    sft(ours, tmp_path / "b", sparse_adamw(ranking="last", fraction=1.0)).train()
+    after = state(ours)
+    for name, value in state(theirs).items():
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_sft_resumes_bit_for_bit(tmp_path):
+    def start():
+        plug = sparse_adamw(ranking="random", fraction=0.4, blocks="16x16",
+                            master_dtype=torch.float32)  # fmt: skip
+        model = randomised(llama).to(torch.bfloat16)
+        return sft(model, tmp_path, plug, save_strategy="steps", save_steps=8)
+
+    straight, resumed = start(), start()
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    for name, value in state(straight.model).items():
+        assert torch.equal(state(resumed.model)[name], value), name

@@ -9,31 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fastgrad.errors import FastgradError, PartialError
 from fastgrad.granularity import Blocks
+from fastgrad.integrations.known import known
 from fastgrad.partial import Partial
 from fastgrad.probe import Probe, Reduction
 from fastgrad.stats import GradientStats
 from fastgrad.step_guard import NAME
-
-#: On an optimizer: the Partial that it trains.
-_PARTIAL = "_fastgrad_partial"
-
-
-def make_known(optimizer: Optimizer, partial: Partial) -> None:
-    """Callbacks are given the optimizer, and find the partial model by it."""
-    optimizer.__dict__[_PARTIAL] = partial
-
-
-def partial_of(optimizer: Any) -> Partial | None:
-    """The partial model that an optimizer was made known to train, also inside Accelerate's
-    wrapper; None otherwise."""
-    while optimizer is not None and _PARTIAL not in optimizer.__dict__:
-        optimizer = optimizer.__dict__.get("optimizer")
-    found: Partial | None = None if optimizer is None else optimizer.__dict__[_PARTIAL]
-    return found
 
 
 @contextlib.contextmanager
@@ -48,7 +31,7 @@ def whole_model(model: nn.Module, partial: Partial | None, optimizer: Any) -> It
     Raises:
         PartialError: if the model is partial and by whom is not known.
     """
-    partial = partial or partial_of(optimizer)
+    partial = partial or known(optimizer).partial
     if partial is None:
         if any(NAME in p.__dict__ for p in model.parameters()):
             raise PartialError(

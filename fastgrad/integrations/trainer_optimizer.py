@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from transformers import Trainer
 from fastgrad.choosing import select
 from fastgrad.errors import FastgradError, PartialError
 from fastgrad.identity import unwrapped
-from fastgrad.integrations.measuring import make_known
+from fastgrad.integrations.known import make_known
 from fastgrad.integrations.trainer_checkpoints import (
     calling_trainer,
     keep_in_checkpoints,
@@ -31,6 +33,49 @@ if TYPE_CHECKING:
     from fastgrad.blueprint import Blueprint
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What to train, as :func:`sparse_adamw` was told: at first, and again later on.
+
+    Attributes:
+        source: what was measured, or None.
+        selection: a ready selection, instead of source and options.
+        options: of :func:`fastgrad.select`.
+    """
+
+    source: Blueprint | GradientStats | None
+    selection: Selection | None
+    options: Mapping[str, Any]
+
+    def first(self, model: nn.Module) -> Selection:
+        """When training begins."""
+        return self.selection or select(self.source, model=model, **self.options)
+
+    def again(self, model: nn.Module, stats: GradientStats | None) -> Selection:
+        """With the same budget, by a measurement of now."""
+        source: Any = stats
+        if stats is not None and "k_star" in self.options:
+            from fastgrad.blueprint import Blueprint
+
+            source = Blueprint.from_stats(stats, model=model)
+        return select(source, model=model, **self.options)
+
+    def check_again(self) -> None:
+        """Raises FastgradError where choosing again makes no sense."""
+        if self.selection is not None:
+            raise FastgradError(
+                "sparse_adamw was given a ready selection, so the budget of another one is not "
+                "known. Remedy: sparse_adamw(blueprint, fraction=...), or choose=... for the "
+                "callback"
+            )
+        ranking = self.options.get("ranking", "rms")
+        if ranking in ("random", "first", "last"):
+            raise FastgradError(
+                f"ranking {ranking!r} would choose the same blocks again, whatever is measured. "
+                "Remedy: a measured ranking such as 'rms', or choose=... for the callback"
+            )
+
+
 class SparseAdamWFactory:
     """What Trainer calls to build the optimizer; made by :func:`sparse_adamw`.
 
@@ -43,13 +88,22 @@ class SparseAdamWFactory:
     """
 
     def __init__(
-        self, choose: Callable[[nn.Module], Selection], master_dtype: torch.dtype | None,
+        self, choice: Callable[[], Choice], master_dtype: torch.dtype | None,
         allow_other_weights: bool, hyperparameters: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        self._choose, self._master_dtype = choose, master_dtype
+        self._read_choice, self._master_dtype = choice, master_dtype
         self._allow_other_weights = allow_other_weights
         self._hyperparameters = dict(hyperparameters)
         self._partial: Partial | None = None
+
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """What to train; a blueprint's folder is read when this is first asked for.
+
+        Raises:
+            BlueprintError: if there is no blueprint, or a damaged one.
+        """
+        return self._read_choice()
 
     @property
     def partial(self) -> Partial:
@@ -111,7 +165,7 @@ class SparseAdamWFactory:
         folder = None if trainer is None else resumed_folder(trainer)
         if folder is None:
             partial = make_partial(
-                model, self._choose(model), self._master_dtype,
+                model, self.choice.first(model), self._master_dtype,
                 allow_other_weights=self._allow_other_weights,
             )  # fmt: skip
         else:
@@ -126,7 +180,7 @@ class SparseAdamWFactory:
             {"params": [p for n, p in trained if n not in decayed], "weight_decay": 0.0},
         ]
         optimizer = SparseAdamW(groups, **options)  # an empty group too: it may be filled later
-        make_known(optimizer, partial)
+        make_known(optimizer, partial, lambda name, weight: int(name not in decayed))
         return optimizer
 
 
@@ -170,9 +224,7 @@ def sparse_adamw(
         raise FastgradError("give sparse_adamw either a selection, or a budget such as "
                             "fraction=0.2 with or without a blueprint")
 
-    def choose(model: nn.Module) -> Selection:
-        if selection is not None:
-            return selection
+    def choice() -> Choice:
         source: Any = blueprint
         if isinstance(blueprint, str | os.PathLike):
             from fastgrad.blueprint import Blueprint
@@ -183,11 +235,11 @@ def sparse_adamw(
             options["ranking"] = ranking
         if fraction is not None:
             options["fraction"] = fraction
-        return select(source, model=model, **options)
+        return Choice(source, selection, options)
 
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     factory = SparseAdamWFactory(
-        choose, master_dtype, allow_other_weights,
+        choice, master_dtype, allow_other_weights,
         {k: v for k, v in given.items() if v is not None},
     )  # fmt: skip
     return factory, {}

@@ -22,10 +22,12 @@ except ImportError as error:
 from fastgrad.integrations.measuring import measure, untouched
 from fastgrad.integrations.trainer_blueprint import BlueprintCallback, Measurement
 from fastgrad.integrations.trainer_optimizer import SparseAdamWFactory, sparse_adamw
+from fastgrad.integrations.trainer_reselection import ReselectionCallback
 
 __all__ = [
     "BlueprintCallback",
     "Measurement",
+    "ReselectionCallback",
     "SparseAdamWFactory",
     "measure",
     "sparse_adamw",
