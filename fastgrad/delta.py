@@ -63,7 +63,7 @@ def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
             "a delta must name its base weights. Remedy: make_partial(..., hash_base=True)"
         )
     partial.sync()
-    own, selection = model_parameters(partial.model), partial.selection
+    own, selection = model_parameters(partial.model), partial.touched  # also what was dropped
     tensors: dict[str, Tensor] = {}
     for name, ids in selection.blocks.items():
         index = None if selection.is_whole(name) else torch.from_numpy(ids)

@@ -26,6 +26,10 @@ from fastgrad_kernels.layout import gather_blocks, matrix_view, write_blocks_
 _COUNT_ONLY = (RMSprop, Adadelta, Adagrad)
 
 
+#: Marks of elements, beside the zeros of padding.
+_YES, _NOT = 1.0, 2.0
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a trained tensor holds its blocks.
@@ -76,7 +80,6 @@ class Move:
 
     Attributes:
         trained: bool per new block: all of its elements were trained before.
-        partly: bool per new block: some of its elements were, others were not.
         dropped: number of old blocks with an element that is trained no more.
     """
 
@@ -85,14 +88,12 @@ class Move:
         self._aligned = old.grid.same_blocks(new.grid)
         if self._aligned:
             self.trained = np.isin(new.ids, old.ids)
-            self.partly = np.zeros(len(new.ids), bool)
             self.dropped = int((~np.isin(old.ids, new.ids)).sum())
         else:
             before = self._blocks(self._mask(old), new)
-            self.trained = (before > 0).all((1, 2))  # padding counts as trained
-            self.partly = (before == 1).any((1, 2)) & ~self.trained
+            self.trained = np.asarray((before != _NOT).all((1, 2)))
             after = self._blocks(self._mask(new), old)
-            self.dropped = int((after == 0).any((1, 2)).sum())
+            self.dropped = int((after == _NOT).any((1, 2)).sum())
 
     @property
     def adds(self) -> bool:
@@ -146,9 +147,9 @@ class Move:
 
     @staticmethod
     def _mask(layout: Layout) -> NDArray[np.float32]:
-        """One where trained, two where not: zero is left for padding."""
-        full = torch.full(layout.grid.shape, 2.0)
-        return layout.spread(torch.ones(layout.shape), full).numpy()
+        """Whether each element is trained; blocks of it have zeros as padding."""
+        full = torch.full(layout.grid.shape, _NOT)
+        return layout.spread(torch.full(layout.shape, _YES), full).numpy()
 
     @staticmethod
     def _blocks(full: Any, layout: Layout) -> NDArray[np.float32]:

@@ -272,7 +272,8 @@ class Partial:
                 lost.append(blocks.name)
                 continue
             if full is not blocks.full:  # load_state_dict(assign=True)
-                blocks.full = full.requires_grad_(False)
+                full.requires_grad_(False)
+                blocks.full = full
                 blocks.refresh()
             elif full._version != blocks._full_seen:
                 blocks.refresh()

@@ -119,7 +119,7 @@ def reselect(
     _check(partial, selection, optimizers)
     for blocks in partial.packed:
         blocks.sync_if_stale()
-    plans = [p for p in _plans(partial, selection, optimizers)]
+    plans = list(_plans(partial, selection, optimizers))
     groups = [(o, g) for o in optimizers for g in o.param_groups]
     _find_groups(plans, groups, group_of)
     owners = owners_of(partial.model)
@@ -399,8 +399,8 @@ def _release(plan: _Plan, migrated_away: bool) -> None:
     old.__dict__.pop("_fastgrad_blocks", None)
     end(old, DESELECTED)
     old.grad = None
-    with torch.no_grad():
-        old.set_(torch.empty(0, dtype=old.dtype, device=old.device))  # whoever still holds it
+    # Whoever still holds the tensor, a list for clipping perhaps, does not hold its memory.
+    old.data = torch.empty(0, dtype=old.dtype, device=old.device)
 
 
 def _report(plans: Sequence[_Plan]) -> Report:

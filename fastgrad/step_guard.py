@@ -139,6 +139,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 continue
             if early is None or id(p) not in early.updated or p.grad is not None:
                 blocks.sync()
+    if early is not None:
+        early.finish()
 
 
 def write_through(optimizer: Optimizer, parameter: Tensor) -> None:
