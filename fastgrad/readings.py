@@ -45,7 +45,7 @@ class Source:
 class Reading(Tensor):
     """The values of a weight, which remember where they were read."""
 
-    _source: Source
+    _source: Source | None  # None: the whole weight is trained, its gradient is dense
 
     @classmethod
     def __torch_function__(
@@ -54,7 +54,7 @@ class Reading(Tensor):
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         with torch._C.DisableTorchFunctionSubclass():
-            if rule is not None and torch.is_grad_enabled():
+            if rule is not None and (torch.is_grad_enabled() or rule in (_deepcopy, _reduce)):
                 out = rule(*args, **kwargs)
                 if out is not NotImplemented:
                     return out
@@ -69,10 +69,10 @@ def read(full: Any, packed: Any, blocks: PackedBlocks) -> Tensor:
     """
     check_own(full, packed, blocks)
     values = Overlay.apply(packed, full, blocks)
-    if blocks.whole or torch.compiler.is_compiling():  # nothing to gain, or no subclass to trace
+    if torch.compiler.is_compiling():  # no subclass to trace
         return values
     reading = values.as_subclass(Reading)
-    reading._source = Source(full, packed, blocks)
+    reading._source = None if blocks.whole else Source(full, packed, blocks)
     return reading
 
 
@@ -82,11 +82,6 @@ def check_own(full: Any, packed: Any, blocks: PackedBlocks) -> None:
     Raises:
         PartialError: if the weight was unfrozen, or ``torch.func`` is at work.
     """
-    if full.requires_grad:
-        raise PartialError(
-            f"{blocks.name} requires a gradient, but only its selected blocks are trained. Remedy: "
-            "leave requires_grad as make_partial has set it, or call remove() on the Partial"
-        )
     swapped = packed is not blocks.packed and not isinstance(packed, nn.Parameter)
     if swapped or (
         not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack()
@@ -96,6 +91,11 @@ def check_own(full: Any, packed: Any, blocks: PackedBlocks) -> None:
             "its packed parameter cannot be replaced for a call or transformed. Remedy: call "
             "remove() on the Partial first, or functional_call with other parameters only and "
             "loss.backward()"
+        )
+    if full.requires_grad:
+        raise PartialError(
+            f"{blocks.name} requires a gradient, but only its selected blocks are trained. Remedy: "
+            "leave requires_grad as make_partial has set it, or call remove() on the Partial"
         )
 
 
@@ -212,6 +212,15 @@ def _transpose(self: Tensor, dim0: Any, dim1: Any) -> Any:
     return _flipped(self) if last_two else NotImplemented
 
 
+def _deepcopy(self: Tensor, memo: Any) -> Tensor:
+    """Modules may keep what they read last (recurrent ones do): a copy needs its values alone."""
+    return memo.setdefault(id(self), self.as_subclass(Tensor).detach().clone())
+
+
+def _reduce(self: Tensor, protocol: Any) -> Any:
+    return self.as_subclass(Tensor).detach().__reduce_ex__(protocol)
+
+
 def _plain(tensor: Tensor | None) -> Tensor | None:
     """A bias that is a reading itself is taken as it is, by its graph."""
     return tensor.as_subclass(Tensor) if isinstance(tensor, Reading) else tensor
@@ -223,6 +232,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     Tensor.addmm: _addmm,
     F.embedding: _embedding,
     Tensor.__getitem__: _getitem,
+    Tensor.__deepcopy__: _deepcopy,
+    Tensor.__reduce_ex__: _reduce,
     torch._grouped_mm: _grouped_mm,
     torch.transpose: _transpose,
     Tensor.transpose: _transpose,
