@@ -20,14 +20,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastgrad_kernels.layout import (
-    NORM_CHUNK,
     accumulation_dtype,
     block_sums,
-    chunk_norms,
     grid_shape,
     matrix_view,
+    norm_chunks,
     sum_of_squares,
-    write_blocks_,
 )
 
 # A scratch tile of about 1024 x 1024 float32 (4 MiB): measured best of 256..2048 on two x86
@@ -42,6 +40,8 @@ STRIPE_LIMIT = 2048
 GRAM_BREAK_EVEN = 23
 # A Gram sum below this share of its terms' magnitudes has lost more than three digits of seven.
 CANCELLED = 3e-3
+# Elements of a tile below which a thread is not given a product of its own.
+ROW_PART = 1 << 16
 # Halves of an example's tokens below this length are not worth products of their own.
 GRAM_HALF = 16
 # The Gram form works on groups of examples with at most this many token pairs at once.
@@ -215,17 +215,25 @@ def _fused(
             direct = (
                 None if directions is None else directions[:, r : r + h, c : c + w].to(left.dtype)
             )
-            # Views of all examples at once: made one by one they cost as much as the squared sums.
             spare = scratch[: h * w].view(h, w)
             straight = target if target is not None and target.is_contiguous() else spare
-            norms = left.new_zeros(n, -(-h * w // NORM_CHUNK)) if whole else None
-            lefts = left[:, r : r + h].split(lengths)
-            rights = right[:, c : c + w].split(lengths)
+            # Views are made before the loop: one by one they cost as much as the squared sums.
+            parts = _row_parts(h, w)
+            lefts = left[:, r : r + h].unflatten(1, (parts, -1)).permute(1, 2, 0).split(lengths, 2)
+            rights = right[:, c : c + w].expand(parts, -1, -1).split(lengths, 1)
+            stripes = [tile.view(parts, -1, w) for tile in (straight, spare)]
+            chunks = [norm_chunks(tile.view(-1)) for tile in (straight, spare)] if whole else []
+            norms = left.new_zeros(n, sum(map(len, chunks[0]))) if whole else None
+            outs = [] if norms is None else [
+                o.unbind() for o in norms.split([len(v) for v in chunks[0]], 1)
+            ]  # fmt: skip
             for j, (a, b) in enumerate(zip(lefts, rights, strict=True)):
-                tile = spare if j else straight
-                torch.mm(a.T, b, out=tile)
-                if norms is not None:
-                    chunk_norms(tile.view(-1), norms[j])
+                other = min(j, 1)  # the first example's tile may be the target itself
+                tile = spare if other else straight
+                torch.bmm(a, b, out=stripes[other])
+                if whole:
+                    for piece, out in zip(chunks[other], outs, strict=True):
+                        torch.linalg.vector_norm(piece, dim=1, out=out[j])
                 else:
                     sums = _block_squares(tile, block_rows, block_cols)
                     sq[
@@ -242,6 +250,16 @@ def _fused(
     if partial is not None:
         sq[0, 0] = partial
     return grad, sq.flatten(0, 1), dots
+
+
+def _row_parts(rows: int, cols: int) -> int:
+    """Into how many stripes of rows the product of one tile is cut: one per thread.
+
+    The squared sum and the addition that follow run over contiguous memory, one stretch per
+    thread; a product cut alike leaves each stretch in the cache of the core that reads it next.
+    """
+    parts = torch.get_num_threads()
+    return parts if rows % parts == 0 and rows * cols // parts >= ROW_PART else 1
 
 
 def _block_squares(tile: Tensor, block_rows: int, block_cols: int) -> Tensor:
@@ -428,95 +446,7 @@ def _block_max(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
     return view.amax((1, 3)).flatten()
 
 
-def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    fulls: Sequence[Tensor],
-    ids: Sequence[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    seed: Tensor | None,
-) -> None:
-    """See :func:`fastgrad_kernels.ops.adamw_`. PyTorch's own fused update does the arithmetic;
-    parameters of lower precision than their moments pass through a temporary copy."""
-    if not params or (found_inf is not None and bool(found_inf != 0)):
-        return
-    lists = _per_count(params, grads, exp_avgs, exp_avg_sqs, steps)
-    work = [p.to(m.dtype) for p, m in zip(lists[0], lists[2], strict=True)]
-    wide = [_like(w, g) for w, g in zip(work, lists[1], strict=True)]
-    if grad_scale is not None:
-        wide = [g / grad_scale.to(g.dtype) for g in wide]
-    # The fused update walks through memory: all four tensors must be laid out alike.
-    moments = [(m, _like(w, m)) for ms in lists[2:4] for w, m in zip(work, ms, strict=True)]
-    torch._foreach_add_(lists[4], 1.0)
-    torch._fused_adamw_(
-        work,
-        wide,
-        [m for _, m in moments[: len(work)]],
-        [m for _, m in moments[len(work) :]],
-        [],
-        lists[4],
-        lr=lr.float() if lr.is_cuda else lr,  # PyTorch's kernel reads float32 there
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=maximize,
-    )
-    for target, result in moments:
-        if result is not target:
-            target.copy_(result)
-    for i, (target, result, step) in enumerate(zip(lists[0], work, lists[4], strict=True)):
-        if seed is not None and target.dtype == torch.bfloat16:
-            target.copy_(_rounded_stochastically(result, (int(seed), int(step), i)))
-        elif result is not target:
-            target.copy_(result)
-    for p, full, blocks in zip(params, fulls, ids, strict=False):
-        if full.numel() and blocks.numel():
-            write_blocks_(full, blocks, p, p.shape[1], p.shape[2])
-        elif full.numel():
-            full.copy_(p.view(full.shape))
-
-
-def _per_count(*lists: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-    """A tensor with a step count per block becomes one tensor per block: views, no copies."""
-    out: tuple[list[Tensor], ...] = tuple([] for _ in lists)
-    for row in zip(*lists, strict=True):
-        for target, tensor in zip(out, row, strict=True):
-            target.extend([tensor] if row[-1].numel() == 1 else tensor.unbind(0))
-    return out
-
-
-def _rounded_stochastically(x: Tensor, key: tuple[int, int, int]) -> Tensor:
-    """float32 to bfloat16, up with the probability of the part cut off; finite stays finite."""
-    generator = torch.Generator(x.device).manual_seed(hash(key) & (2**63 - 1))
-    x = x.float()
-    bits = x.view(torch.int32)
-    noise = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
-    largest = (bits & 0x7FFF0000) == 0x7F7F0000
-    moved = (bits + noise.masked_fill_(largest, 0)) & -0x10000
-    return torch.where(torch.isfinite(x), moved.view(torch.float32), x).to(torch.bfloat16)
-
-
-def _like(model: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor`` with the dtype and memory layout of ``model``; itself if it has both."""
-    if tensor.dtype == model.dtype and tensor.stride() == model.stride():
-        return tensor
-    return torch.empty_like(model).copy_(tensor)
-
-
 __all__ = [
-    "adamw_",
     "block_stats",
     "cross_influence",
     "embedding_influence",

@@ -123,12 +123,18 @@ def chunk_norms(flat: Tensor, out: Tensor) -> None:
     product by 9e-5 at 2^22, because each vector lane adds up millions of terms. Norms of short
     chunks, squared and added in float64, are right to float32 rounding and as fast.
     """
+    start = 0
+    for chunks in norm_chunks(flat):
+        torch.linalg.vector_norm(chunks, dim=1, out=out[start : start + len(chunks)])
+        start += len(chunks)
+
+
+def norm_chunks(flat: Tensor) -> list[Tensor]:
+    """The chunks of :func:`chunk_norms` as views: ``[n, NORM_CHUNK]`` of whole ones, ``[1, m]`` of
+    what remains; what is empty is left out."""
     main = flat.numel() // NORM_CHUNK
-    if main:
-        chunks = flat[: main * NORM_CHUNK].view(main, NORM_CHUNK)
-        torch.linalg.vector_norm(chunks, dim=1, out=out[:main])
-    if main < out.numel():
-        torch.linalg.vector_norm(flat[main * NORM_CHUNK :], out=out[main])
+    whole, rest = flat[: main * NORM_CHUNK], flat[main * NORM_CHUNK :]
+    return [v for v in (whole.view(-1, NORM_CHUNK), rest.view(1, -1)) if v.numel()]
 
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
