@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastgrad_kernels import cpu, dispatch
+from fastgrad_kernels import adamw_cpu, cpu, dispatch
 from fastgrad_kernels.checks import (
     FLOATS,
     check,
@@ -503,7 +503,7 @@ def adamw_(
         if dispatch.kernel("adamw_", params[0], adamw_lists.unsupported(*args[:7])):
             adamw_lists.adamw_lists_(*args, *hyper)
             return
-    cpu.adamw_(*args, *hyper)
+    adamw_cpu.adamw_(*args, *hyper)
 
 
 @adamw_.register_fake
