@@ -128,12 +128,12 @@ def blended(folder: Path, local: Path) -> fg.Blueprint:
 def lora_rank(model: nn.Module, budget: float) -> int:
     """The rank whose number of trained weights comes closest to ``budget``."""
     per_rank = sum(
-        module.in_features + module.out_features for module in _lora_targets(model).values()
+        module.in_features + module.out_features for module in lora_targets(model).values()
     )
     return max(1, round(budget / per_rank))
 
 
-def _lora_targets(model: nn.Module) -> dict[str, nn.Linear]:
+def lora_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers of the decoder: the output layer shares its weight with the embedding."""
     return {
         name: module
@@ -149,7 +149,7 @@ def _lora(spec: Spec, model: nn.Module) -> Prepared:
         raise MissingExtraError("peft", "hf") from error
 
     total = sum(p.numel() for p in model.parameters())
-    targets = sorted(_lora_targets(model))
+    targets = sorted(lora_targets(model))
     rank = lora_rank(model, spec.fraction * total)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",

@@ -1,0 +1,323 @@
+"""What came out of all runs: summary rows, table, Markdown and figure, computed from results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from statistics import fmean, stdev
+from typing import Any
+
+from arms_setup import CONTROL, FULL, OURS, PEER
+from arms_verdict import LEVEL, Verdict, difference, memory_word
+from fastgrad.plots import BLACK, BLUE, VERMILION
+from fastgrad.quickstart.report import MB, versions
+
+ROLES = {FULL: "all weights", OURS: "fastgrad", CONTROL: "control", PEER: "peer"}
+COLOURS = {FULL: BLACK, OURS: BLUE, CONTROL: "#767676", PEER: VERMILION}
+MARKERS = {FULL: "*", OURS: "o", CONTROL: "s", PEER: "D"}
+TERMS = ("gradient_bytes", "state_bytes", "copy_bytes")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm over all seeds. Losses are nats per token; ``sd`` is over seeds, None for one."""
+
+    key: str
+    label: str
+    role: str
+    valid: float
+    loss: float
+    loss_sd: float | None
+    gain_share: float
+    gain_sd: float | None
+    forgetting: float
+    forgetting_sd: float | None
+    gradient_bytes: float
+    state_bytes: float
+    copy_bytes: float
+    above: float | None
+    cpu_seconds: float
+    flops_per_step: float
+    trained_share: float
+    rates: tuple[float, ...]
+    edge: bool
+    note: str
+
+    @property
+    def memory(self) -> float:
+        """Bytes that training adds to the weights, activations apart."""
+        return self.gradient_bytes + self.state_bytes + self.copy_bytes
+
+
+def sd(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
+
+
+def summarise(
+    results: Mapping[str, Sequence[dict[str, Any]]],
+    roles: Mapping[str, str],
+    before: Mapping[str, float],
+    total: int,
+) -> list[Summary]:
+    """One row per arm from its results by seed; "full" must be among them, with the same seeds."""
+    full = [before["prose_test"] - r["test"] for r in results["full"]]
+    rows = []
+    for key, runs in results.items():
+        if len(runs) != len(full):
+            raise ValueError(f"{key} has {len(runs)} seeds, full tuning has {len(full)}")
+        shares = [
+            (before["prose_test"] - r["test"]) / gain if gain > 0 else math.nan
+            for r, gain in zip(runs, full, strict=True)
+        ]
+        losses = [r["test"] for r in runs]
+        forgotten = [r["code"] - before["code_test"] for r in runs]
+        above = [None if r["baseline"] is None else r["peak"] - r["baseline"] for r in runs]
+        rows.append(
+            Summary(
+                key, runs[0]["label"], roles[key], fmean(r["valid"] for r in runs),
+                fmean(losses), sd(losses), fmean(shares), sd(shares),
+                fmean(forgotten), sd(forgotten),
+                *(fmean(r[term] for r in runs) for term in TERMS),
+                None if None in above else fmean(above),  # type: ignore[arg-type]
+                fmean(r["cpu_seconds"] for r in runs),
+                fmean(r["flops_per_step"] for r in runs),
+                fmean(r["n_trained"] for r in runs) / total,
+                tuple(r["rate"] for r in runs), any(map(at_edge, runs)), runs[0]["note"],
+            )
+        )  # fmt: skip
+    return rows
+
+
+def at_edge(result: Mapping[str, Any]) -> bool:
+    """The chosen rate is the lowest or highest of more than two."""
+    tried = [t["rate"] for t in result["tried"]]
+    return len(tried) > 2 and result["rate"] in (min(tried), max(tried))
+
+
+def best_of_ours(rows: Sequence[Summary]) -> Summary:
+    """The arm of ours with the lowest *validation* loss: the test rows then judge it fairly."""
+    return min((r for r in rows if r.role == OURS), key=lambda r: r.valid)
+
+
+def judge(
+    rows: Sequence[Summary], results: Mapping[str, Sequence[dict[str, Any]]]
+) -> list[Verdict]:
+    """Every other arm against the best of ours."""
+    best = best_of_ours(rows)
+    own = [r["test_rows"] for r in results[best.key]]
+    return [
+        Verdict(
+            row.key, row.label, row.role, best.label,
+            difference([r["test_rows"] for r in results[row.key]], own),
+            memory_word(row.memory, best.memory), row.memory / best.memory,
+        )
+        for row in rows if row.key != best.key
+    ]  # fmt: skip
+
+
+# -- tables ------------------------------------------------------------------------------
+
+HEADINGS = (
+    "arm", "test loss", "gain kept", "forgetting", "gradient MB", "optimizer MB", "copies MB",
+    "sum MB", "peak MB", "CPU s", "GFLOP/step", "trained", "rate", "against best",
+)  # fmt: skip
+
+
+def cells(row: Summary, verdict: Verdict | None) -> list[str]:
+    """A row as text, in the order of :data:`HEADINGS`."""
+    rates = sorted(set(row.rates))
+    span = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g}-{rates[-1]:g}"
+    if verdict is None:
+        word = "the best"
+    else:
+        word = f"{verdict.found.word}, {verdict.memory} memory"
+    return [
+        row.label,
+        _spread(row.loss, row.loss_sd, ".3f"),
+        _spread(row.gain_share, row.gain_sd, ".0%") if math.isfinite(row.gain_share) else "-",
+        _spread(row.forgetting, row.forgetting_sd, "+.2f", ".2f"),
+        f"{row.gradient_bytes / MB:.2f}",
+        f"{row.state_bytes / MB:.2f}",
+        f"{row.copy_bytes / MB:.2f}",
+        f"{row.memory / MB:.2f}",
+        "-" if row.above is None else f"{row.above / MB:.0f}",
+        f"{row.cpu_seconds:.1f}",
+        f"{row.flops_per_step / 1e9:.2f}",
+        f"{row.trained_share:.0%}",
+        span + ("*" if row.edge else ""),
+        word,
+    ]
+
+
+def _spread(value: float, deviation: float | None, form: str, small: str | None = None) -> str:
+    text = format(value, form)
+    return text if deviation is None else f"{text} ±{format(deviation, small or form)}"
+
+
+def legend(record: Mapping[str, Any], rows: Sequence[Summary]) -> str:
+    """What the columns mean, and what holds for all arms."""
+    seeds = len(record["seeds"])
+    text = (
+        f"Test loss: nats per token on {record['test_rows']} held-out rows of prose, "
+        f"{record['loss_before']['prose_test']:.3f} before adaptation; mean"
+        f"{' ± standard deviation' if seeds > 1 else ''} over {seeds} training seed"
+        f"{'s' if seeds > 1 else ''} (data order and draws; the pretrained model is one). Gain "
+        "kept: share of full tuning's gain with the same seed. Forgetting: change of the test loss "
+        "on the first domain. Gradient, optimizer, copies: bytes of these tensors at the step that "
+        "holds most; copies are what is trained beside the model's own weights (packed blocks, "
+        "adapters, master copies). Peak: resident memory of the arm's process above that with the "
+        "model loaded, activations and re-selection included. CPU s: processor time of training "
+        "at the chosen rate. GFLOP/step: matrix products and attention, forward and backward "
+        "(PyTorch's counter; SVD and arithmetic by element are not in it). Trained: weights that "
+        "change at any time. Rate: lowest and highest over the seeds, each the best of "
+        f"{record['rates_tried']} on the validation part, as many as every arm tries"
+    )
+    if any(row.edge for row in rows):
+        text += "; * marks one at the edge of those tried, so a better one may lie outside"
+    text += (
+        f". Against best: compared with {best_of_ours(rows).label}, which of ours has the lowest "
+        f"validation loss; better and worse where the {LEVEL:.0%} interval of the difference, "
+        "paired over test rows and seeds, leaves out zero; memory is the sum, equal within 5 %."
+    )
+    return text
+
+
+def markdown(
+    record: Mapping[str, Any], rows: Sequence[Summary], verdicts: Sequence[Verdict], figure: str
+) -> str:
+    """Table, legend, verdicts and origin, for the documentation."""
+    by_key = {v.key: v for v in verdicts}
+    at, used = record["machine"], record["versions"]
+    lines = [
+        "| " + " | ".join(HEADINGS) + " |",
+        "|" + "|".join([":--", *["--:"] * (len(HEADINGS) - 2), ":--"]) + "|",
+        *("| " + " | ".join(cells(row, by_key.get(row.key))) + " |" for row in rows),
+        "",
+        *(f"- {a['label']} did not run: {a['why']}" for a in record["absent"]),
+        *([""] if record["absent"] else []),
+        legend(record, rows),
+        "",
+        f"**Aim (at equal or less memory no peer has a better held-out loss): {record['aim']}.**",
+        "",
+        *(f"- {v.sentence()}" for v in verdicts),
+        "",
+        "Settings of the arms:",
+        "",
+        *(f"- {row.label}: {row.note}" for row in rows),
+        "",
+        f"![Held-out loss against memory, and paired differences]({figure})",
+        "",
+        f"{record['created'][:10]}, {at['cpu']}, {at['cores']} cores, {record['at_a_time']} arms "
+        f"at a time on {record['threads_per_process']} thread each; torch {used['torch']}, "
+        f"transformers {used['transformers']}, Python {at['python']}; commit "
+        f"{', '.join(c[:12] for c in record['commits'])}; "
+        f"{record['settings']['name']} run, {record['seconds']['total']:.0f} s in all.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def all_versions() -> dict[str, str]:
+    """Versions of what the arms run on; "absent" for a peer that is not installed."""
+    found = versions()
+    for package in ("galore-torch", "badam", "bitsandbytes", "torchao"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+# -- figure ------------------------------------------------------------------------------
+
+
+def figure(
+    rows: Sequence[Summary], verdicts: Sequence[Verdict], before: float, title: str
+) -> Any:
+    """Loss against memory with error bars, and every arm's paired difference from our best."""
+    import matplotlib.figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    made = matplotlib.figure.Figure(figsize=(13, 6.4), layout="constrained")
+    FigureCanvasAgg(made)  # no window system is needed
+    left, right = made.subplots(1, 2, width_ratios=(1.15, 1))
+    _loss_panel(left, rows, before)
+    _difference_panel(right, verdicts, best_of_ours(rows).label)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#eeeeee")
+        ax.set_axisbelow(True)
+    made.suptitle(title, fontsize=12.5)
+    return made
+
+
+def _loss_panel(ax: Any, rows: Sequence[Summary], before: float) -> None:
+    for role, name in ROLES.items():
+        own = [r for r in rows if r.role == role]
+        if own:
+            ax.errorbar(
+                [r.memory / MB for r in own], [r.loss for r in own],
+                yerr=[r.loss_sd or 0 for r in own], fmt=MARKERS[role], color=COLOURS[role],
+                markersize=13 if role == FULL else 7, markeredgecolor="white", elinewidth=1.2,
+                capsize=3, label=name, zorder=3,
+            )  # fmt: skip
+    low, high = min(r.loss for r in rows), max(r.loss for r in rows)
+    bars = max(r.loss_sd or 0 for r in rows)
+    room = max(high - low, 1e-6)
+    ax.set_ylim(low - bars - 0.06 * room, high + bars + 0.12 * room)
+    right = max(r.memory for r in rows) / MB
+    ax.set_xlim(0, 1.3 * right)  # savings are read as lengths; room for the names
+    for row, y in zip(*_apart(rows, 0.034 * (room + 2 * bars)), strict=True):
+        ax.annotate(
+            row.label, (row.memory / MB, row.loss), (row.memory / MB + 0.035 * right, y),
+            fontsize=8.5, va="center", color=COLOURS[row.role],
+            arrowprops={"arrowstyle": "-", "color": "#c4c4c4", "linewidth": 0.7, "shrinkA": 0,
+                        "shrinkB": 4},
+        )  # fmt: skip
+    ax.set(
+        xlabel="gradients + optimizer state + trained copies (MB)",
+        ylabel="held-out loss (nats per token)", title="Loss against memory (lower left is better)",
+    )  # fmt: skip
+    ax.annotate(
+        f"before adaptation: {before:.2f}", (0.99, 0.995), xycoords="axes fraction", ha="right",
+        va="top", fontsize=9, color="#767676",
+    )  # fmt: skip
+    ax.legend(frameon=False, fontsize=9, loc="lower right")
+
+
+def _apart(rows: Sequence[Summary], gap: float) -> tuple[list[Summary], list[float]]:
+    """Heights of the labels: those of arms with like memory keep ``gap`` between them."""
+    width = 0.28 * max(r.memory for r in rows)  # of a label
+    ordered = sorted(rows, key=lambda r: r.loss)
+    heights: list[float] = []
+    for i, row in enumerate(ordered):
+        near = [
+            y for other, y in zip(ordered[:i], heights, strict=True)
+            if abs(other.memory - row.memory) < width
+        ]  # fmt: skip
+        heights.append(max([row.loss, *(y + gap for y in near)]))
+    return ordered, heights
+
+
+def _difference_panel(ax: Any, verdicts: Sequence[Verdict], best: str) -> None:
+    ordered = sorted(verdicts, key=lambda v: v.found.mean, reverse=True)
+    for i, v in enumerate(ordered):
+        f = v.found
+        ax.errorbar(
+            f.mean, i, xerr=[[f.mean - f.low], [f.high - f.mean]], fmt=MARKERS[v.role],
+            color=COLOURS[v.role], markersize=11 if v.role == FULL else 6.5, elinewidth=1.4,
+            markeredgecolor="white", capsize=3,
+        )  # fmt: skip
+    ax.axvline(0, color=BLUE, linewidth=1.2, linestyle="--")
+    ax.set_yticks(range(len(ordered)), [f"{v.label}  ({v.memory_ratio:.2f} x)" for v in ordered],
+                  fontsize=9)  # fmt: skip
+    for label, v in zip(ax.get_yticklabels(), ordered, strict=True):
+        label.set_color(COLOURS[v.role])
+    ax.set_ylim(-0.7, len(ordered) - 0.3)
+    ax.set(
+        xlabel=f"held-out loss less that of {best}, {LEVEL:.0%} interval\n"
+        "(left of the line: better; in brackets: memory, as a multiple)",
+        title="Paired over test rows and seeds",
+    )
