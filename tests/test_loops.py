@@ -366,6 +366,15 @@ def test_training_after_remove_says_so(tmp_path, when):
         run.train()
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_that_replace_parameters_are_refused(tmp_path, engine):
+    run = trainer(randomised(llama), tmp_path, optimizer=tiles())
+    setattr(run, f"is_{engine}_enabled", True)
+    with pytest.raises(PartialError, match=rf"{engine} engine.*distributed\.md"):
+        run.create_optimizer()
+    assert not any("packed" in n for n, _ in run.model.named_parameters())
+
+
 def test_a_subclass_and_nested_calls_find_the_trainer(tmp_path):
     """Hyperparameters come from the Trainer that builds, also where a subclass wraps the call."""
 

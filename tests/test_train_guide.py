@@ -31,6 +31,7 @@ def surroundings(seed=0):
         "fg": fg,
         "model": model,
         "fresh_model": randomised(llama, seed),
+        "another_model": randomised(llama, seed),
         "loader": [batch_of(seed=s) for s in range(20)],
         "sample": HELD_OUT,
         "validation_batches": HELD_OUT,

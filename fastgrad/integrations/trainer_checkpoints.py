@@ -77,6 +77,17 @@ def read_partial(model: nn.Module, folder: Path) -> Partial:
     return load_partial(model, folder / PARTIAL_FILE)
 
 
+def check_engine(trainer: Trainer) -> None:
+    """Raises PartialError for a Trainer whose engine replaces the model's parameters."""
+    for engine in ("fsdp", "deepspeed"):
+        if getattr(trainer, f"is_{engine}_enabled", False):
+            raise PartialError(
+                f"sparse_adamw does not work with the Trainer's {engine} engine, which replaces "
+                "the parameters that were selected. Remedy: DistributedDataParallel (torchrun), "
+                "or a loop of your own with fully_shard, see docs/distributed.md"
+            )
+
+
 def keep_in_checkpoints(trainer: Trainer, partial: Partial) -> None:
     """From now on the Trainer's checkpoints hold a file of ``partial``, and of no other."""
     for callback in list(trainer.callback_handler.callbacks):
@@ -133,7 +144,9 @@ class PartialCheckpoints(TrainerCallback):
 
     def _save(self, args: Any, state: Any) -> None:
         trainer = self._trainer()
-        if args.save_only_model or self._saved_at == state.global_step or trainer is None:
+        if args.save_only_model or not args.should_save or trainer is None:
+            return
+        if self._saved_at == state.global_step:
             return
         # Private in Trainer: a hyperparameter search has a folder for each trial.
         run = trainer._get_output_dir(trial=getattr(trainer, "_trial", None))

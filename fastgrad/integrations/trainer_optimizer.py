@@ -19,6 +19,7 @@ from fastgrad.identity import unwrapped
 from fastgrad.integrations.known import make_known
 from fastgrad.integrations.trainer_checkpoints import (
     calling_trainer,
+    check_engine,
     keep_in_checkpoints,
     read_partial,
     resumed_folder,
@@ -139,9 +140,12 @@ class SparseAdamWFactory:
 
         Raises:
             FastgradError: if no learning rate is known.
-            PartialError: if the model is partial already, or the Trainer resumes from a
-                checkpoint without a partial file, or with one for other weights.
+            PartialError: if the model is partial already, the Trainer resumes from a checkpoint
+                without a partial file or with one for other weights, or it uses FSDP or
+                DeepSpeed.
         """
+        if trainer is not None:
+            check_engine(trainer)
         if any(NAME in p.__dict__ for p in model.parameters()):
             raise PartialError(
                 "this model is being trained partially already. Remedy: call .remove() on that "
