@@ -11,7 +11,7 @@ from typing import Any
 
 from arms_setup import CONTROL, FULL, OURS, PEER
 from arms_verdict import LEVEL, Verdict, difference, memory_word
-from fastgrad.plots import BLACK, BLUE, VERMILION
+from fastgrad.plots import BLACK, BLUE, VERMILION, ArmPoint, pareto_front
 from fastgrad.quickstart.report import MB, versions
 
 ROLES = {FULL: "all weights", OURS: "fastgrad", CONTROL: "control", PEER: "peer"}
@@ -254,6 +254,9 @@ def figure(
 
 
 def _loss_panel(ax: Any, rows: Sequence[Summary], before: float) -> None:
+    front = pareto_front([ArmPoint(r.label, r.memory / MB, r.loss) for r in rows])
+    ax.step([p.resource for p in front], [p.loss for p in front], where="post", color="#b0b0b0",
+            linewidth=1.0, zorder=1, label="not beaten in both")  # fmt: skip
     for role, name in ROLES.items():
         own = [r for r in rows if r.role == role]
         if own:
@@ -266,39 +269,50 @@ def _loss_panel(ax: Any, rows: Sequence[Summary], before: float) -> None:
     low, high = min(r.loss for r in rows), max(r.loss for r in rows)
     bars = max(r.loss_sd or 0 for r in rows)
     room = max(high - low, 1e-6)
-    ax.set_ylim(low - bars - 0.06 * room, high + bars + 0.12 * room)
+    ax.set_ylim(low - bars - 0.08 * room, high + bars + 0.12 * room)
     right = max(r.memory for r in rows) / MB
-    ax.set_xlim(0, 1.3 * right)  # savings are read as lengths; room for the names
-    for row, y in zip(*_apart(rows, 0.034 * (room + 2 * bars)), strict=True):
+    ax.set_xlim(0, 1.25 * right)  # savings are read as lengths; room for the names
+    for row, y in zip(rows, label_heights(rows, 0.036 * (room + 2 * bars)), strict=True):
         ax.annotate(
-            row.label, (row.memory / MB, row.loss), (row.memory / MB + 0.035 * right, y),
+            short(row.label), (row.memory / MB, row.loss), (row.memory / MB + 0.05 * right, y),
             fontsize=8.5, va="center", color=COLOURS[row.role],
             arrowprops={"arrowstyle": "-", "color": "#c4c4c4", "linewidth": 0.7, "shrinkA": 0,
-                        "shrinkB": 4},
+                        "shrinkB": 4, "relpos": (0, 0.5)},
         )  # fmt: skip
+    deviation = "" if rows[0].loss_sd is None else "; bars: standard deviation over seeds"
     ax.set(
         xlabel="gradients + optimizer state + trained copies (MB)",
-        ylabel="held-out loss (nats per token)", title="Loss against memory (lower left is better)",
+        ylabel=f"held-out loss (nats per token{deviation})",
+        title=f"Loss against memory (before adaptation: {before:.2f})",
     )  # fmt: skip
-    ax.annotate(
-        f"before adaptation: {before:.2f}", (0.99, 0.995), xycoords="axes fraction", ha="right",
-        va="top", fontsize=9, color="#767676",
-    )  # fmt: skip
-    ax.legend(frameon=False, fontsize=9, loc="lower right")
+    ax.legend(frameon=False, fontsize=9, loc="upper right")
 
 
-def _apart(rows: Sequence[Summary], gap: float) -> tuple[list[Summary], list[float]]:
-    """Heights of the labels: those of arms with like memory keep ``gap`` between them."""
-    width = 0.28 * max(r.memory for r in rows)  # of a label
-    ordered = sorted(rows, key=lambda r: r.loss)
-    heights: list[float] = []
-    for i, row in enumerate(ordered):
-        near = [
-            y for other, y in zip(ordered[:i], heights, strict=True)
-            if abs(other.memory - row.memory) < width
-        ]  # fmt: skip
-        heights.append(max([row.loss, *(y + gap for y in near)]))
-    return ordered, heights
+def short(label: str) -> str:
+    """A label where the colour says whose arm it is."""
+    return label.removeprefix("SparseAdamW, ")
+
+
+def label_heights(rows: Sequence[Summary], gap: float) -> list[float]:
+    """Heights of the rows' labels: near their points, and ``gap`` apart where they share columns.
+
+    Neighbours push each other apart, half the way each, until none is too close.
+    """
+    width = 0.24 * max(r.memory for r in rows)  # of a label
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].loss, i))
+    heights = [r.loss for r in rows]
+    for _ in range(500):
+        moved = False
+        for place, i in enumerate(order):
+            for j in order[place + 1 :]:
+                lack = gap - (heights[j] - heights[i])
+                if lack > 1e-3 * gap and abs(rows[i].memory - rows[j].memory) < width:
+                    heights[i] -= lack / 2
+                    heights[j] += lack / 2
+                    moved = True
+        if not moved:
+            break
+    return heights
 
 
 def _difference_panel(ax: Any, verdicts: Sequence[Verdict], best: str) -> None:
@@ -311,13 +325,13 @@ def _difference_panel(ax: Any, verdicts: Sequence[Verdict], best: str) -> None:
             markeredgecolor="white", capsize=3,
         )  # fmt: skip
     ax.axvline(0, color=BLUE, linewidth=1.2, linestyle="--")
-    ax.set_yticks(range(len(ordered)), [f"{v.label}  ({v.memory_ratio:.2f} x)" for v in ordered],
-                  fontsize=9)  # fmt: skip
+    names = [f"{short(v.label)}  ({v.memory_ratio:.2f} x)" for v in ordered]
+    ax.set_yticks(range(len(ordered)), names, fontsize=9)
     for label, v in zip(ax.get_yticklabels(), ordered, strict=True):
         label.set_color(COLOURS[v.role])
     ax.set_ylim(-0.7, len(ordered) - 0.3)
     ax.set(
-        xlabel=f"held-out loss less that of {best}, {LEVEL:.0%} interval\n"
-        "(left of the line: better; in brackets: memory, as a multiple)",
-        title="Paired over test rows and seeds",
+        xlabel=f"held-out loss less that of {short(best)} (nats per token)\n"
+        "left of the line: better; in brackets: memory as a multiple",
+        title=f"Against the best of fastgrad: {LEVEL:.0%} intervals, paired",
     )

@@ -7,7 +7,8 @@
 The quickstart's model and texts: a Llama learns Python source and is adapted to English prose.
 Each arm runs in a process of its own, once for each training seed; it tries the same number of
 learning rates, keeps the best on the validation part, and reads the test rows with that one. A
-run that was interrupted goes on where it stopped: finished arms lie in the work folder.
+run that was interrupted goes on where it stopped: finished arms lie in the work folder, with the
+commit that they ran on. Remove the folder after a change of the code that is compared.
 """
 
 from __future__ import annotations
@@ -194,9 +195,9 @@ def show(
     console: Console, record: Mapping[str, Any], rows: Sequence[report.Summary],
     verdicts: Sequence[Verdict],
 ) -> None:  # fmt: skip
-    """Table in two parts, legend, verdicts."""
+    """Table in three parts, legend, verdicts."""
     by_key = {v.key: v for v in verdicts}
-    for columns in ((0, 1, 2, 3, 13), (0, 4, 5, 6, 7, 8, 9, 10, 11, 12)):
+    for columns in ((0, 1, 2, 3, 13), (0, 4, 5, 6, 7, 8), (0, 9, 10, 11, 12)):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i in columns:
             table.add_column(report.HEADINGS[i], justify="left" if i in (0, 13) else "right",
@@ -274,7 +275,8 @@ def compare(
     drawn = report.figure(
         rows, verdicts, comparison.before["prose_test"],
         f"Fine-tuning a Llama of {comparison.total / 1e6:.1f} million weights from Python source "
-        f"to prose: {FRACTION:.0%} of the weights against the peers, {len(seeds)} seeds",
+        f"to prose: {FRACTION:.0%} of the weights against the peers, {len(seeds)} seed"
+        + ("s" if len(seeds) > 1 else ""),
     )  # fmt: skip
     with atomic_path(output / "finetune_arms.png") as temporary:
         drawn.savefig(temporary, dpi=120, format="png")

@@ -37,8 +37,8 @@ from finetune_arms import Comparison
 
 BENCH = Path(__file__).parent.parent / "bench"
 TINY = replace(
-    arms_setup.settings(fast=True), vocab=128, width=32, feed_forward=64, layers=3, heads=4, length=16,
-    steps=12, eval_rows=6, probe_batches=2, probe_rows=4, tile="16x16", rates=(1e-2,),
+    arms_setup.settings(fast=True), vocab=128, width=32, feed_forward=64, layers=3, heads=4,
+    length=16, steps=12, eval_rows=6, probe_batches=2, probe_rows=4, tile="16x16", rates=(1e-2,),
 )  # fmt: skip
 ARMS = {arm.key: arm for arm in arms_setup.arms(TINY)}
 TOTAL = sum(p.numel() for p in new_model(TINY, 0).parameters())
@@ -404,7 +404,7 @@ def test_the_best_of_ours_is_chosen_on_the_validation_part(found):
 def test_seeds_must_be_complete():
     runs = {"full": [result("full", 0, 3.0, 1)] * 3, "lora": [result("lora", 0, 3.0, 1)]}
     with pytest.raises(ValueError, match="lora has 1 seeds"):
-        report.summarise(runs, {k: arms_setup.FULL for k in runs}, {"prose_test": 5.0, "code_test": 4.0}, 100)
+        report.summarise(runs, dict.fromkeys(runs, ""), {"prose_test": 5.0, "code_test": 4.0}, 100)
 
 
 def test_table_and_figure_show_every_arm(found, tmp_path):
@@ -429,10 +429,18 @@ def test_table_and_figure_show_every_arm(found, tmp_path):
     drawn = report.figure(rows, verdicts, 5.0, "title")
     left, right = drawn.axes[:2]
     shown = [t.get_text() for t in left.texts]
-    assert all(row.label in shown for row in rows)
+    assert all(report.short(row.label) in shown for row in rows)
     assert len(right.get_yticks()) == len(verdicts)
-    heights = sorted(report._apart(rows, 0.05)[1])
-    assert len(heights) == len(rows)
+
+
+def test_labels_of_arms_with_like_memory_keep_their_distance(found):
+    rows = [replace(found[0][0], key=str(i), loss=3 + 0.001 * i) for i in range(8)]
+    heights = report.label_heights(rows, 0.05)
+    assert heights == sorted(heights)
+    assert np.diff(heights).min() > 0.0499
+    assert np.mean(heights) == pytest.approx(np.mean([r.loss for r in rows]))
+    apart = [replace(r, state_bytes=r.state_bytes * 4**i) for i, r in enumerate(rows)]
+    assert report.label_heights(apart[-2:], 0.05) == [r.loss for r in apart[-2:]]
 
 
 # -- going on after an interruption ------------------------------------------------------
