@@ -26,6 +26,7 @@ _PUBLIC = {
     "ShardReader": "stats_shards",
     "ShardWriter": "stats_shards",
     "SparseAdamW": "optim",
+    "TrainingState": "sharded",
     "adam_preconditioned": "directions",
     "gather": "distributed",
     "gradient_direction": "directions",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from fastgrad.resources import CostModel as CostModel
     from fastgrad.resources import k_star as k_star
     from fastgrad.selection import Selection as Selection
+    from fastgrad.sharded import TrainingState as TrainingState
     from fastgrad.stats import Coverage as Coverage
     from fastgrad.stats import GradientStats as GradientStats
     from fastgrad.stats_shards import ShardReader as ShardReader

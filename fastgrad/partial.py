@@ -111,6 +111,8 @@ class Partial:
         """Write what a normal checkpoint of the model and the optimizer lacks, for an exact resume:
         the selection, float32 masters, the base's hash. One safetensors file, atomically.
 
+        Under ``fully_shard`` all processes have to call this, and one of them writes the file.
+
         Save ``model.state_dict()`` and ``optimizer.state_dict()`` beside it, as always. To go on:
         build the model, load its weights, call :func:`load_partial`, build the optimizer on
         ``partial.parameters()`` (with the same groups, empty ones too), load its state.

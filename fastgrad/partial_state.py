@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgrad import sharded
 from fastgrad.blocks import check_spec, check_specs
 from fastgrad.errors import BlockSpecError, PartialError, SelectionError
 from fastgrad.files import atomic_path
-from fastgrad.identity import model_parameters, tensors_hash, weights_hash
+from fastgrad.identity import model_parameters, tensors_hash, weights_hash, whole
 from fastgrad.partial import Partial, as_it_stands, build, check_fits, check_plain
 from fastgrad.selection import Selection
 from fastgrad_kernels.layout import gather_blocks, matrix_view
@@ -42,7 +43,7 @@ def save(partial: Partial, path: str | os.PathLike[str], *, hash_weights: bool) 
     for blocks in partial.packed:
         # In the weight's own dtype the packed values are those of the full weight.
         if blocks.packed.dtype != blocks.full.dtype:
-            tensors[_VALUES + blocks.name] = blocks.packed.detach().contiguous()
+            tensors[_VALUES + blocks.name] = whole(blocks.packed.detach()).contiguous()
     tensors |= _ids(selection, _BLOCKS)
     if touched is not selection:
         tensors |= _ids(touched, _TOUCHED)
@@ -59,10 +60,14 @@ def save(partial: Partial, path: str | os.PathLike[str], *, hash_weights: bool) 
         "content_hash": tensors_hash(sorted(tensors.items())),
     }
     metadata = {"fastgrad": json.dumps(header)}
-    try:
+
+    def write() -> int:
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
         return os.path.getsize(path)
+
+    try:
+        return sharded.once(partial.model, write)
     except (OSError, SafetensorError) as error:
         raise PartialError(
             f"could not write {path}: {error}. What stood there before is unchanged, and so is the "
@@ -108,6 +113,7 @@ def load_partial(
     except (KeyError, TypeError, ValueError, AttributeError, BlockSpecError) as error:
         raise PartialError(f"{path} is damaged: {error!r}") from error
     check_plain(model)
+    sharded.check_not_wrapped(model)
     own = model_parameters(model)
     _check_model(path, own, selection)
     values = {}

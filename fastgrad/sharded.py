@@ -369,7 +369,7 @@ class TrainingState:
     """A partial training run as ``torch.distributed.checkpoint`` saves and loads it, at any number
     of processes::
 
-        state = {"training": fg.sharded.TrainingState(partial, optimizer)}
+        state = {"training": fg.TrainingState(partial, optimizer)}
         torch.distributed.checkpoint.save(state, checkpoint_id=folder)
         torch.distributed.checkpoint.load(state, checkpoint_id=folder)
 

@@ -38,10 +38,10 @@ from fastgrad.blocks import BlockGrid
 from fastgrad.errors import NonFiniteGradientError
 from fastgrad.identity import model_parameters, unwrapped, whole
 from fastgrad.selection import Selection
-from fastgrad.sharded import TrainingState, local
+from fastgrad.sharded import local
 from fastgrad_kernels.layout import gather_blocks, scatter_blocks_
 from tests.distributed_worker import Batch, even, message, mine, model_of
-from tests.models import batch_of, llama, randomised
+from tests.models import batch_of, gpt2, llama, randomised
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {}
 FOLDER = Path(tempfile.gettempdir())
@@ -409,6 +409,25 @@ def ddp_accelerate() -> dict[str, Any]:
     return compare(base, weights_of(accelerator.unwrap_model(wrapped)), want, selection)
 
 
+@scenario
+def ddp_reselect() -> dict[str, Any]:
+    """Other blocks in the middle of a run: the model is wrapped anew."""
+    base, steps = model_of(), steps_of(3)
+    first, later = selection_of(base), selection_of(base, share=0.5)
+    weights = []
+    for alone in ("", "whole"):
+        model = copy.deepcopy(base)
+        partial = fg.make_partial(model, first)
+        optimizer = sparse_adamw(partial.parameters())
+        for selection in (first, later):
+            if selection is later:
+                partial.reselect(later, optimizer)
+            run = model if alone else DistributedDataParallel(model)
+            train(run, partial, optimizer, steps, alone=alone)
+        weights.append(weights_of(model))
+    return compare(base, *weights, partial.touched)
+
+
 # -- fully_shard -----------------------------------------------------------------------------
 
 
@@ -562,6 +581,68 @@ def fsdp_hybrid() -> dict[str, Any]:
 
 
 @scenario
+def fsdp_transposed() -> dict[str, Any]:
+    """GPT-2's Conv1D. Without biases: that of the keys has a gradient of zero, and Adam makes steps
+    of its rounding errors."""
+    base: Any = randomised(gpt2)
+    selection, steps = selection_of(base, "row", names="weight"), steps_of(5)
+    model = copy.deepcopy(base)
+    partial = fg.make_partial(model, selection)
+    for layer in model.transformer.h:
+        fully_shard(layer)
+    fully_shard(model)
+    train(model, partial, sparse_adamw(partial.parameters()), steps)
+    return compare(base, weights_of(model), one_process(base, selection, steps), selection)
+
+
+@scenario
+def fsdp_scaler() -> dict[str, Any]:
+    """GradScaler: an infinity on one process makes all of them skip the step."""
+    base, steps = model_of(), steps_of(4)
+    selection = selection_of(base)
+    found = {}
+    for make in (sparse_adamw, torch_adamw):
+        model = copy.deepcopy(base)
+        partial = fg.make_partial(model, selection)
+        shard(model)
+        optimizer = make(partial.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for k, micros in enumerate(steps):
+            bad = float("inf") if k == 1 and dist.get_rank() == 1 else 1.0
+            scaler.scale(model(**mine(micros[0])).loss * bad).backward()
+            scaler.unscale_(optimizer)
+            if k != 1:
+                clip_grad_norm_(partial.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        want = one_process(base, selection, [steps[0], *steps[2:]], make)
+        assert scaler.get_scale() == 512.0
+        found[make.__name__] = compare(base, weights_of(model), want, selection)
+    return {**found["sparse_adamw"], "torch AdamW": found["torch_adamw"]["weights"]}
+
+
+@scenario
+def fsdp_partial_file() -> dict[str, Any]:
+    """Partial.save of a sharded run is that of one process with the same weights."""
+    base, steps = model_of().bfloat16(), steps_of(2)
+    selection = selection_of(base, "7x5")
+    model = copy.deepcopy(base)
+    partial = fg.make_partial(model, selection, torch.float32)
+    shard(model)
+    train(model, partial, sparse_adamw(partial.parameters()), steps)
+    path = FOLDER / "partial.safetensors"
+    sizes = everywhere(partial.save(path))
+    alone = copy.deepcopy(base)
+    alone.load_state_dict(weights_of(model))
+    loaded = fg.load_partial(alone, path)
+    return {
+        **compare(base, weights_of(model, partial), weights_of(alone, loaded), selection),
+        "one size": len(set(sizes)) == 1,
+    }
+
+
+@scenario
 def fsdp_unused() -> dict[str, Any]:
     """A branch in turns: packed parameters without a gradient."""
     torch.manual_seed(0)
@@ -690,7 +771,7 @@ def checkpoint_of_one(folder: Path, masters: bool) -> None:
     partial = fg.make_partial(base, selection, dtype)
     optimizer = sparse_adamw(partial.parameters())
     train(base, partial, optimizer, steps[:HALF], alone="parts")
-    state = {"training": TrainingState(partial, optimizer)}
+    state = {"training": fg.TrainingState(partial, optimizer)}
     dcp.save(state, checkpoint_id=folder, no_dist=True)
 
 
@@ -700,7 +781,7 @@ def resumed_by_one(folder: Path, masters: bool) -> float:
     model = copy.deepcopy(base)
     partial = fg.make_partial(model, selection, dtype)
     optimizer = sparse_adamw(partial.parameters())
-    state = {"training": TrainingState(partial, optimizer)}
+    state = {"training": fg.TrainingState(partial, optimizer)}
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     train(model, partial, optimizer, steps[HALF:], alone="parts")
     want = one_process(base, selection, steps, master_dtype=dtype)
@@ -721,7 +802,7 @@ def checkpoints(kind: str, masters: bool) -> dict[str, Any]:
     several = FOLDER / f"{kind}-{masters}"
     model, partial, optimizer, steps = sharded_half(kind, masters)
     train(model, partial, optimizer, steps[:HALF])
-    state = TrainingState(partial, optimizer)
+    state = fg.TrainingState(partial, optimizer)
     dcp.save({"training": state}, checkpoint_id=several)
     base, selection, _, dtype = checkpoint_parts(masters)
     want = one_process(base, selection, steps, master_dtype=dtype)
@@ -733,7 +814,7 @@ def checkpoints(kind: str, masters: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"a normal model": names == set(base.state_dict())}
     for label, folder in (("resumed", several), ("from one", one)):
         model, partial, optimizer, _ = sharded_half(kind, masters)
-        dcp.load({"training": TrainingState(partial, optimizer)}, checkpoint_id=folder)
+        dcp.load({"training": fg.TrainingState(partial, optimizer)}, checkpoint_id=folder)
         train(model, partial, optimizer, steps[HALF:])
         got = weights_of(model, partial if masters else None)
         found[label] = difference(base, got, want, selection)["weights"]
@@ -865,7 +946,7 @@ def refusals() -> dict[str, Any]:
             wrapped = shard(model)
             optimizer = sparse_adamw(partial.parameters())
             train(wrapped, partial, optimizer, steps_of(1))
-            state.append(TrainingState(partial, optimizer))
+            state.append(fg.TrainingState(partial, optimizer))
         state[1].load_state_dict(state[0].state_dict())
 
     cases = {k: v for k, v in locals().items() if isinstance(v, FunctionType)}

@@ -16,7 +16,7 @@ from torch import nn
 import fastgrad as fg
 from fastgrad.blocks import BlockGrid
 from fastgrad.errors import PartialError
-from fastgrad.sharded import TrainingState, write_rows_
+from fastgrad.sharded import write_rows_
 from fastgrad_kernels.layout import gather_blocks
 from tests.partial_worker import SCENARIOS, resumed_by_one, selection_of, sparse_adamw
 
@@ -98,11 +98,12 @@ def test_processes_together_train_what_one_trains(results, name):
 @pytest.mark.parametrize("name", [n for n in OTHERS if "checkpoints" not in n])
 def test_other_ways_to_train(others, name):
     found = others[name]
-    check(found, 5e-3 if name == "fsdp_mixed_precision" else 2e-6)
+    check(found, 5e-3 if name == "fsdp_mixed_precision" else 4e-6)
     if "shares" in found:
         check_shards(found, name)
     assert found.get("evaluation", 0.0) < 2e-6
     assert found.get("hash", True)
+    assert found.get("one size", True)
     assert found.get("torch AdamW", 0.0) < 2e-6
 
 
@@ -228,17 +229,17 @@ def test_training_state_in_one_process_without_any_others(tmp_path):
 
     model, partial, optimizer = begin()
     steps(model, optimizer, 2)
-    torch.save(TrainingState(partial, optimizer).state_dict(), tmp_path / "state.pt")
+    torch.save(fg.TrainingState(partial, optimizer).state_dict(), tmp_path / "state.pt")
     steps(model, optimizer, 3)
     again, other, second = begin()
-    TrainingState(other, second).load_state_dict(torch.load(tmp_path / "state.pt"))
+    fg.TrainingState(other, second).load_state_dict(torch.load(tmp_path / "state.pt"))
     steps(again, second, 3)
     for (name, p), (_, q) in zip(partial.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(p, q), name
     partial = fg.make_partial(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).bfloat16(),
                               selection_of(model, "2x3", 0.9), torch.float32)  # fmt: skip
     with pytest.raises(PartialError, match=r"made for other blocks of 0\.weight"):
-        TrainingState(partial, sparse_adamw(partial.parameters())).load_state_dict(
+        fg.TrainingState(partial, sparse_adamw(partial.parameters())).load_state_dict(
             torch.load(tmp_path / "state.pt")
         )
 
