@@ -16,7 +16,7 @@ from fastgrad.quickstart.pretrain import batches
 from fastgrad.quickstart.settings import Spec
 from fastgrad.quickstart.worker import data_order
 
-TIMES = 4  # the selection serves for a quarter of the steps
+TIMES = 3  # each selection serves for a third of the steps
 PROBED = 2  # batches
 
 
@@ -26,7 +26,7 @@ def period(steps: int) -> int:
 
 
 def prepare(spec: Spec, model: nn.Module) -> Prepared:
-    """A sparse arm that probes the rows that come next and selects anew, three times.
+    """A sparse arm that probes the rows that come next and selects anew, twice.
 
     What the probe says is blended with the released blueprint as at the start. Its passes are
     part of the arm's time, operations and peak memory.
@@ -41,7 +41,7 @@ def prepare(spec: Spec, model: nn.Module) -> Prepared:
     need = PROBED * settings.probe_rows // settings.rows  # training batches that are looked at
 
     def choose_again(step: int, optimizer: Any) -> None:
-        if step % every or step == settings.steps:
+        if step % every or step // every >= TIMES:
             return
         rows = [data[i] for i in order[step : step + need]]
         ahead = [batch for part in rows for batch in batches(part, settings.rows, 1)]

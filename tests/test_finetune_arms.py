@@ -254,9 +254,9 @@ def test_the_selection_is_renewed_and_the_optimizer_goes_on(spec, monkeypatch):
     monkeypatch.setattr(fg, "select", lambda *a, **k: chosen.append(select(*a, **k)) or chosen[-1])
     run, prepared, optimizer = ready(spec("reselected"))
     every = arms_reselect.period(TINY.steps)
-    assert every == 3
+    assert every == 4
     held = steps(run, prepared, optimizer, TINY.steps)
-    assert len(chosen) == arms_reselect.TIMES  # at the start, and at each quarter but the last
+    assert len(chosen) == arms_reselect.TIMES  # at the start, and after each third but the last
     assert chosen[-1] is prepared.partial.selection
     now = {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert now == {id(p) for p in prepared.trained}
