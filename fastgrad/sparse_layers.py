@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgrad_kernels import ops
+from fastgrad.sparse_products import wgrad
 from fastgrad_kernels.layout import accumulation_dtype, gather_blocks
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Stripes:
     def cut(self, touched: Tensor) -> Tensor:
         """Packed blocks ``[n, block_rows, block_cols]`` of the touched rows ``[m, cols]``."""
         grid = self.grid
-        if grid.grid_cols == 1 and touched.shape[0] == self.ids.numel() * grid.block_rows:
-            return touched.reshape(-1, grid.block_rows, grid.cols)  # stripes in order: no copy
+        if self.in_order and touched.shape[0] == self.ids.numel() * grid.block_rows:
+            return touched.reshape(-1, grid.block_rows, grid.cols)  # no copy
         return gather_blocks(touched, self.ids, grid.block_rows, grid.block_cols)
 
     def slots(self, index: Tensor) -> Tensor:
@@ -55,9 +55,29 @@ class Stripes:
         return torch.where(place < 0, -1, slot)
 
     @cached_property
+    def in_order(self) -> bool:
+        """The selected blocks are the touched rows, stripe after stripe."""
+        return self.grid.grid_cols == 1 and bool((self.ids.diff() > 0).all())
+
+    @cached_property
     def slot_of(self) -> dict[int, int]:
         """Row -> where in the touched rows it lies, on the host."""
         return {row: slot for slot, row in enumerate(self.rows.tolist())}
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int, int]]:
+        """Selected blocks that lie side by side, as ``(first of them in the packed tensor, block
+        row, first block column, how many)``; on the host."""
+        found: list[tuple[int, int, int, int]] = []
+        block_row = (self.rows[:: self.grid.block_rows] // self.grid.block_rows).tolist()
+        for slot, block in enumerate(self.ids.tolist()):
+            i, j = block_row[block // self.grid.grid_cols], block % self.grid.grid_cols
+            if found and found[-1][1] == i and found[-1][2] + found[-1][3] == j:
+                first, _, begin, count = found[-1]
+                found[-1] = first, i, begin, count + 1
+            else:
+                found.append((slot, i, j, 1))
+        return found
 
 
 def stripes_of(blocks: PackedBlocks) -> Stripes:
@@ -145,7 +165,7 @@ class SparseLinear(torch.autograd.Function):
     ) -> Tensor:
         x_needs, packed_needs = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if packed_needs else None, full if x_needs else None)
-        ctx.grid, ctx.ids, ctx.blocks = blocks.grid, blocks.ids, blocks
+        ctx.ids, ctx.stripes = blocks.ids, stripes_of(blocks)
         ctx.transposed, ctx.dtype = transposed, packed.dtype
         if not transposed:
             return F.linear(x, full, bias)
@@ -163,21 +183,10 @@ class SparseLinear(torch.autograd.Function):
         if x is not None:
             x2 = x.reshape(-1, x.shape[-1])
             left, right = (x2, g2) if ctx.transposed else (g2, x2)
-            grad_packed = wgrad(left, right, ctx.blocks, ctx.ids).to(ctx.dtype)
+            grad_packed = wgrad(left, right, ctx.ids, ctx.stripes).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = g2.sum(0)
         return grad_x, grad_packed, grad_bias, None, None, None
-
-
-def wgrad(left: Tensor, right: Tensor, blocks: PackedBlocks, ids: Tensor) -> Tensor:
-    """Selected blocks of ``leftᵀ right``, ``[n, block_rows, block_cols]``."""
-    grid = blocks.grid
-    stripes = grid.grid_cols == 1 and grid.block_rows > 1
-    if stripes and left.device.type == "cpu" and ids is blocks.ids:
-        # Stripes of whole rows are one product over the gathered rows, not one for each stripe.
-        touched = stripes_of(blocks)
-        return touched.cut(ops.sparse_wgrad(left, right, touched.rows, 1, grid.cols)[:, 0])
-    return ops.sparse_wgrad(left, right, ids, grid.block_rows, grid.block_cols)
 
 
 class SparseRows(torch.autograd.Function):

@@ -43,7 +43,7 @@ RANKS: list[set[str]] = [
     {"probe", "distributed"},
     {"ranking", "blueprint_schema", "selection", "selection_report"},
     {"spread", "filling"},
-    {"sparse_layers", "sparse_conv", "sparse_experts", "readings"},
+    {"sparse_products", "sparse_layers", "sparse_conv", "sparse_experts", "readings"},
     {"blueprint_make", "staleness", "packed", "sharded", "optim", "meter", "directions"},
     {"step_guard"},
     {"blueprint", "partial", "partial_state", "layouts", "reselection", "in_backward"},

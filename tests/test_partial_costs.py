@@ -98,6 +98,7 @@ def test_llama_with_queries_alone():
 
 @pytest.mark.parametrize("spec", ["row", "16x16"])
 def test_gpt2_with_a_tied_output(spec):
+    """Tiles below 16x16 would cost whole block rows; these have products of their own."""
     model, batch = of("gpt2"), batch_of()
     layer = 12 * WIDTH * WIDTH
     linear = 2 * 2 * T * layer + 2 * T * WIDTH * VOCAB

@@ -8,10 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 import fastgrad as fg
+from fastgrad import sparse_products
+from fastgrad.blocks import BlockGrid
 from fastgrad.identity import model_parameters
+from fastgrad.packed import PackedBlocks
 from fastgrad.partial import make_partial
+from fastgrad.sparse_layers import SparseRows, linear
 from tests.models import MODELS, batch_of, randomised
 from tests.test_partial import selection_of
 
@@ -59,6 +64,47 @@ def check(model, run, spec, share=0.5, names=None, seed=0, dense_limit=None):
     if dense_limit is not None:
         assert made.largest[0] < dense_limit, made.largest
     return partial
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize("spec", ["row", "7x*", "column", "*x5", "3x4", "16x16", "20x33", "64x*"])
+def test_blocks_of_every_shape_equal_the_dense_gradient(spec, share, transposed):
+    """Tiles with a product of their own and tiles without, runs of them, ragged edges."""
+    torch.manual_seed(0)
+    model = Conv1D(100, 70) if transposed else nn.Linear(70, 100)
+    x = torch.randn(3, 6, 70, dtype=torch.float64)
+    check(model.double(), lambda m: m(x).square().sum(), spec, share=share, names=["weight"])
+
+
+@pytest.mark.parametrize("spec", ["row", "8x*", "column", "16x16", "3x4"])
+def test_blocks_may_come_in_any_order(spec):
+    torch.manual_seed(0)
+    grid = BlockGrid.of((40, 48), spec)
+    weight, x = nn.Parameter(torch.randn(40, 48)), torch.randn(6, 48)
+    ids = torch.randperm(grid.n_blocks)[: max(2, grid.n_blocks // 2)]
+    blocks = PackedBlocks("w", weight, grid, ids, torch.float32)
+    linear(x, weight, blocks.packed, None, blocks).square().sum().backward()
+    F.linear(x, weight).square().sum().backward()
+    torch.testing.assert_close(blocks.packed.grad, blocks.gather(weight.grad))
+    found = blocks.packed.grad.clone()
+    blocks.packed.grad = None
+    index = torch.randint(0, 40, (30,))
+    SparseRows.apply(blocks.packed, index, weight, blocks, None).square().sum().backward()
+    weight.grad = None
+    weight[index].square().sum().backward()
+    torch.testing.assert_close(blocks.packed.grad, blocks.gather(weight.grad))
+    assert not torch.equal(found, blocks.packed.grad)
+
+
+@pytest.mark.parametrize("part", [1, 2000])
+def test_small_tiles_are_formed_in_bounded_parts(part, monkeypatch):
+    monkeypatch.setattr(sparse_products, "PART", part)
+    torch.manual_seed(0)
+    model, x = nn.Linear(70, 100).double(), torch.randn(6, 70, dtype=torch.float64)
+    run = lambda m: m(x).square().sum()  # noqa: E731
+    limit = 4000 if part > 1 else 1200  # of 7000: what is selected, one part, one factor
+    check(model, run, "3x4", share=0.1, names=["weight"], dense_limit=limit)
 
 
 CONVOLUTIONS = {
