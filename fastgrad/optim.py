@@ -2,41 +2,64 @@
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fastgrad.errors import NonFiniteGradientError
+from fastgrad.optim_arguments import (
+    MOMENTS,
+    OptimizerError,
+    check_fits,
+    checked,
+    moment_dtype,
+    pairs,
+    refuse,
+)
 from fastgrad.sharded import agreed, local
 from fastgrad_kernels import ops
-from fastgrad_kernels.dispatch import keep, upload
+from fastgrad_kernels.dispatch import capturing, keep, upload
+
+Key = TypeVar("Key")
 
 
 class SparseAdamW(Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) for the parameters of a partial model.
 
-    At 100 % it computes what ``torch.optim.AdamW`` computes. Moments are float32 whatever the
-    parameter's dtype (float64 for float64), and stay so through ``load_state_dict``. State is 8
-    bytes per trained element, plus 4 bytes per tensor for the step count. Packed blocks are written
-    through to the full weights in the same pass; on a GPU a step is two launches for all tensors
-    of a dtype, and the learning rate may be a tensor there.
+    At 100 % it computes what ``torch.optim.AdamW`` computes, takes AdamW's arguments in AdamW's
+    order and loads AdamW's state. Moments are float32 whatever the parameter's dtype (float64 for
+    float64), and stay so through ``load_state_dict``. State is 8 bytes per trained element, plus 4
+    bytes per tensor for the step count, or per block where each block has its own. Packed blocks
+    are written through to the full weights in the same pass; on a GPU a step is two launches for
+    all tensors of a dtype, and the learning rate may be a tensor there.
 
     Args:
         params: tensors, named tensors or groups; ``partial.parameters()`` as a rule.
         lr: learning rate, float or scalar tensor.
-        betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
+        betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``; complex parameters too.
+        amsgrad, differentiable: AdamW's, False alone.
+        foreach, fused: AdamW's; they choose an implementation there. Here is one, which is both.
+        capturable: steps will be captured in a CUDA graph. All state lies on the GPU in any case;
+            this turns ``check_finite`` off, for which the host would have to wait.
         check_finite: look for NaN or infinity in every gradient before anything is changed.
             Costs one read of the gradients and, on a GPU, one synchronisation per step. Under a
             GradScaler its own check takes this place: a step with infinite gradients is skipped.
+            On by default, unless ``capturable``.
         stochastic_rounding: round bfloat16 parameters that have no float32 master copy up or down
             at random, so that small updates are right on average (arXiv 2010.06192).
         seed: of stochastic rounding; the same seed and steps give the same bits on one device.
 
+    A first step at learning rate zero with nothing but zero gradients makes the state and is not
+    counted: ``torch.distributed.checkpoint`` does that to see what it has to save or load.
+
     Raises:
-        ValueError: for impossible hyperparameters.
+        ValueError, RuntimeError: AdamW's own, for impossible hyperparameters.
+        OptimizerError: for options of AdamW that this optimizer does not have, and from
+            :meth:`load_state_dict` for a state of other tensors; nothing has changed then.
         NonFiniteGradientError: from :meth:`step`, naming the parameters; no parameter and no
             state has changed then.
     """
@@ -48,38 +71,60 @@ class SparseAdamW(Optimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         maximize: bool = False,
-        check_finite: bool = True,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        check_finite: bool | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not eps >= 0.0:
-            raise ValueError(f"Invalid epsilon value: {eps}")
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        betas = checked(
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        if capturable and check_finite:
+            raise OptimizerError(
+                "check_finite=True waits for the GPU at each step, which a CUDA graph cannot hold "
+                "(capturable=True). Remedy: check_finite=False"
+            )
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
-            "check_finite": check_finite,
+            "capturable": capturable,
+            "check_finite": not capturable if check_finite is None else check_finite,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
         }
         self._fastgrad_written: set[int] = set()  # ids of the blocks that the last step wrote
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in PyTorch.
+
+        Raises:
+            OptimizerError: for options that SparseAdamW does not have.
+        """
+        if isinstance(param_group, dict):  # else PyTorch says what is wrong
+            refuse(param_group)
+        super().add_param_group(param_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -108,7 +153,10 @@ class SparseAdamW(Optimizer):
 
     def _step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._check_layouts()
         if found is None:
+            if self._initialised_for_a_checkpoint():
+                return
             self._check_gradients()
         self._fastgrad_written = set()
         packed = [
@@ -143,16 +191,16 @@ class SparseAdamW(Optimizer):
             for p, (full, _) in zip(params, targets, strict=False)
         ]
         ops.adamw_(
-            [local(p) for p in params],
-            [local(p.grad) for p in params],
-            [local(s["exp_avg"]) for s in states],
-            [local(s["exp_avg_sq"]) for s in states],
+            [_real(local(p)) for p in params],
+            [_real(local(p.grad).resolve_conj()) for p in params],
+            [_real(local(s["exp_avg"])) for s in states],
+            [_real(local(s["exp_avg_sq"])) for s in states],
             [s["step"] for s in states],
             [full for full, _ in targets],
             [ids for _, ids in targets],
             _scalar(group["lr"], torch.float64, device),
-            beta1,
-            beta2,
+            float(beta1),
+            float(beta2),
             group["eps"],
             group["weight_decay"],
             group["maximize"],
@@ -180,25 +228,43 @@ class SparseAdamW(Optimizer):
             for p, f in zip(params, found, strict=True)
         ]
 
+    def _initialised_for_a_checkpoint(self) -> bool:
+        """Make the state and do nothing else, if that is all that is wanted."""
+        if self.state or any(bool(g["lr"] != 0) for g in self.param_groups):
+            return False
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        some = [f"parameter {i}" for i, p in enumerate(params) if bool(local(p.grad).any())]
+        if agreed(some, params, lambda: [f"parameter {i}" for i in range(len(params))]):
+            return False
+        for p in params:
+            self._state(p)
+        self._fastgrad_written = set()
+        return bool(params)
+
+    def _check_layouts(self) -> None:
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"SparseAdamW does not support sparse gradients ({self._names(g)[i]}); "
+                        "its sparsity is in the choice of blocks"
+                    )
+
     def _check_gradients(self) -> None:
-        named = [
-            (name, local(p.grad))
-            for g, group in enumerate(self.param_groups)
-            if group["check_finite"]
-            for name, p in zip(self._names(g), group["params"], strict=True)
-            if p.grad is not None
-        ]
-        for name, grad in named:
-            if grad.is_sparse:
+        by_device: dict[torch.device, list[tuple[tuple[int, int], Tensor]]] = {}
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"] if group["check_finite"] else ()):
+                if p.grad is not None:
+                    grad = local(p.grad)
+                    by_device.setdefault(grad.device, []).append(((g, i), grad))
+        for device in by_device:
+            if capturing(device):
                 raise RuntimeError(
-                    f"SparseAdamW does not support sparse gradients ({name}); its "
-                    "sparsity is in the choice of blocks"
+                    "SparseAdamW looks for NaN in the gradients, for which the host waits: this "
+                    "cannot be captured in a CUDA graph. Remedy: SparseAdamW(..., capturable=True)"
                 )
-        by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
-        for name, grad in named:
-            by_device.setdefault(grad.device, []).append((name, grad))
         bad = agreed(
-            [name for group in by_device.values() for name in _nonfinite(group)],
+            [self._names(g)[i] for named in by_device.values() for g, i in _nonfinite(named)],
             [p for group in self.param_groups for p in group["params"]],
             lambda: [n for g in range(len(self.param_groups)) for n in self._names(g)],
         )
@@ -217,7 +283,7 @@ class SparseAdamW(Optimizer):
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
-            dtype = _moment_dtype(p)
+            dtype = moment_dtype(p)
             # on a GPU a count on the host would have to be waited for, or copied each step
             device = p.device if p.is_cuda else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -237,27 +303,61 @@ class SparseAdamW(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:  # state of torch.optim.AdamW lacks what is ours alone
             group.setdefault("maximize", False)
-            group.setdefault("check_finite", True)
+            group.setdefault("capturable", False)
+            group.setdefault("check_finite", not group["capturable"])
             group.setdefault("stochastic_rounding", False)
             group.setdefault("seed", 0)
         self.__dict__["_fastgrad_written"] = set()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch, but moments keep their precision: the base class would round them to
-        the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        params = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(saved_ids, params, strict=True):
-            for key in ("exp_avg", "exp_avg_sq"):
-                if i in state_dict["state"] and key in state_dict["state"][i]:
-                    value = state_dict["state"][i][key]
-                    moment = torch.empty_like(p, dtype=_moment_dtype(p))
-                    self.state[p][key] = moment.copy_(value)
-            if "step" in self.state[p]:
-                count = torch.as_tensor(self.state[p]["step"])
+        the parameter's dtype.
+
+        Raises:
+            OptimizerError: if the state was saved for tensors of other shapes, or with options
+                that SparseAdamW does not have; nothing has changed then.
+        """
+        final = state_dict
+
+        def look(_: Optimizer, found: dict[str, Any]) -> None:
+            nonlocal final
+            final = found
+            check_fits(found, self.param_groups)
+
+        # After the user's hooks, which may exchange the state, and before those that see it loaded
+        before = self.register_load_state_dict_pre_hook(look)
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore(final), True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Moments and counts of a saved state in full precision, as tensors of our own."""
+        for p, state in pairs(saved, self.param_groups):
+            for key in MOMENTS:
+                if key in state:
+                    moment = torch.empty_like(p, dtype=moment_dtype(p))
+                    self.state[p][key] = moment.copy_(state[key])
+            if "step" in state:
+                count = torch.as_tensor(state["step"])
                 device = p.device if p.is_cuda else "cpu"
                 self.state[p]["step"] = count.to(device, torch.float32, copy=True)
+
+    def count_by_block(self) -> None:
+        """Give each packed block a step count of its own, as a re-selection does where it has to.
+
+        Nothing else changes, but a ``torch.distributed.checkpoint`` of a run that has re-selected
+        can be loaded: it loads into tensors of the shapes that it saved, and a fresh optimizer
+        counts by tensor. Costs 4 bytes per block.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if getattr(p, "_fastgrad_blocks", None) is not None and p.ndim == 3:
+                    state = self._state(p)
+                    if state["step"].numel() == 1:
+                        state["step"] = state["step"].reshape(1).repeat(p.shape[0])
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors; of this process' shards under ``fully_shard``."""
@@ -269,18 +369,24 @@ class SparseAdamW(Optimizer):
         )
 
 
-def _nonfinite(named: Sequence[tuple[str, Tensor]]) -> list[str]:
-    """Names of gradients of one device that hold NaN or infinity; a GPU is waited for once."""
+def _nonfinite(named: Sequence[tuple[Key, Tensor]]) -> list[Key]:
+    """Keys of gradients of one device that hold NaN or infinity; a GPU is waited for once."""
     grads = [g for _, g in named]
     if grads[0].is_cuda:
-        whole = [1] * len(grads), [max(g.numel(), 1) for g in grads]
-        counts = ops.grad_stats([g.reshape(-1) for g in grads], *whole)[1][3].tolist()
-        return [name for (name, _), count in zip(named, counts, strict=True) if count]
-    norms = torch._foreach_norm(grads)
-    if bool(torch.isfinite(torch.stack([n.float() for n in norms])).all()):
-        return []
-    # A norm can overflow where every entry is finite: only the entries decide.
-    return [name for name, grad in named if not bool(torch.isfinite(grad).all())]
+        flat = [_real(g.resolve_conj()).reshape(-1) for g in grads]
+        whole = [1] * len(flat), [max(g.numel(), 1) for g in flat]
+        counts = ops.grad_stats(flat, *whole)[1][3].tolist()
+        return [key for (key, _), count in zip(named, counts, strict=True) if count]
+    # NaN and infinity stay in a sum, and no reading is faster. The last gradients first: the
+    # update begins with the others, which are in cache then. A sum can overflow where every entry
+    # is finite: only the entries decide.
+    suspects = [(k, g) for k, g in reversed(named) if not cmath.isfinite(g.sum().item())]
+    return [key for key, g in reversed(suspects) if not bool(torch.isfinite(g).all())]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones: AdamW treats the parts as weights of their own."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @keep
@@ -293,7 +399,3 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
     if isinstance(value, Tensor):
         return value.to(device)
     return _constant(value, dtype, device)
-
-
-def _moment_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32

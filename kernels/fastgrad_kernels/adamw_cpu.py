@@ -18,11 +18,10 @@ from fastgrad_kernels.layout import write_blocks_
 
 # Elements of a piece: 1 MiB of float32, an L2 cache.
 PIECE = 1 << 18
-# Blocks with step counts of their own: runs of blocks of one count go through the fused update,
-# unless they have fewer elements than this on average; then all counts are taken at once.
-# Measured: the fused update costs about 0.8 µs per tensor beyond its work, the other way is three
-# times as slow per element.
-RUN = 2048
+# Blocks with step counts of their own: a run of blocks of one count is a tensor of its own to the
+# fused update. Where runs have fewer elements than this on average (one costs about 3 µs, as much
+# as 8000 elements), blocks are sorted by count first, which costs two copies.
+RUN = 8192
 # Rows of a block shorter than this many bytes are left to the general way.
 WIDE = 64
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,14 +37,14 @@ class _Hyper(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Flat stretches ``[m]`` of parameter, gradient and moments; one step count or one per block
-    of ``m / len(count)`` elements; what writes it through, and where it lies in its tensor."""
+    """Flat stretches ``[m]`` of parameter, gradient and moments; one step count, or ``[k]``, one
+    per block of ``m / k`` elements; what writes it through, and where it lies in its tensor."""
 
     param: Tensor
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    count: Tensor
+    step: Tensor
     dice: torch.Generator | None
     write: Callable[[slice], None] | None
     where: slice
@@ -97,10 +96,12 @@ def adamw_(
         if seed is not None and p.dtype == torch.bfloat16:
             dice = _generator(p.device, (int(seed), int(counts[0]), i))
         unit = p[0].numel() if p.ndim == 3 or counts.numel() > 1 else 1
-        for start, stop, count in _stretches(p.numel(), unit, counts):
-            waiting.append(
-                _Piece(*(t[start:stop] for t in flat), count, dice, write, slice(start, stop))
-            )
+        once = write is None and grad_scale is None and p.dtype == row[1].dtype == row[2].dtype
+        piece = p.numel() if once else PIECE
+        for start, stop, count in _stretches(p.numel(), unit, counts, piece):
+            where = slice(start, stop)
+            fp, fg, fm, fv = (t[where] for t in flat)
+            waiting.append(_Piece(fp, fg, fm, fv, count, dice, write, where))
             elements += stop - start
             if elements >= PIECE:
                 _advance(waiting, hyper, grad_scale)
@@ -132,15 +133,16 @@ def _dense(tensor: Tensor) -> bool:
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
-def _stretches(n: int, unit: int, counts: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Flat ranges of whole units, of about :data:`PIECE` elements, with their step counts."""
-    size = max(PIECE // unit, 1) * unit
+def _stretches(n: int, unit: int, counts: Tensor, piece: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Flat ranges of whole units, of about ``piece`` elements, with their step counts."""
+    size = max(piece // unit, 1) * unit
     if counts.numel() <= 1 or bool((counts == counts[0]).all()):
         for start in range(0, n, size):
             yield start, min(start + size, n), counts[:1].view(())
         return
     values, lengths = torch.unique_consecutive(counts, return_counts=True)
-    if n < RUN * len(values):
+    if n < RUN * len(values):  # short runs; sorting makes copies
+        size = max(PIECE // unit, 1) * unit
         for start in range(0, n, size):
             stop = min(start + size, n)
             yield start, stop, counts[start // unit : stop // unit]
@@ -155,21 +157,33 @@ def _stretches(n: int, unit: int, counts: Tensor) -> Iterator[tuple[int, int, Te
 
 def _advance(pieces: Sequence[_Piece], hyper: _Hyper, grad_scale: Tensor | None) -> None:
     """One step of all pieces, written through while they are in cache."""
-    if not pieces:
-        return
     work = [x.param.to(x.exp_avg.dtype) for x in pieces]
     grads = [x.grad.to(x.exp_avg.dtype) for x in pieces]
     if grad_scale is not None:
         grads = [g / grad_scale.to(g.dtype) for g in grads]
-    plain = [i for i, x in enumerate(pieces) if x.count.ndim == 0]
-    if plain:
+    rows: list[tuple[Tensor, ...]] = []
+    sorted_: list[tuple[Tensor, Tensor, Tensor]] = []  # target, sorted copy, the way back
+    for x, w, grad in zip(pieces, work, grads, strict=True):
+        if x.step.ndim == 0:
+            rows.append((w, grad, x.exp_avg, x.exp_avg_sq, x.step))
+            continue
+        order = x.step.argsort(stable=True)
+        into = [t.view(len(order), -1) for t in (w, grad, x.exp_avg, x.exp_avg_sq)]
+        copies = [t.index_select(0, order) for t in into]
+        steps, lengths = torch.unique_consecutive(x.step[order], return_counts=True)
+        cut = [t.split(lengths.tolist()) for t in copies]
+        rows += zip(*cut, steps.unbind(), strict=True)
+        back = order.argsort()
+        sorted_ += [(into[k], copies[k], back) for k in (0, 2, 3)]
+    if rows:
+        p, g, m, v, count = (list(ts) for ts in zip(*rows, strict=True))
         torch._fused_adamw_(
-            [work[i] for i in plain],
-            [grads[i] for i in plain],
-            [pieces[i].exp_avg for i in plain],
-            [pieces[i].exp_avg_sq for i in plain],
+            p,
+            g,
+            m,
+            v,
             [],
-            [pieces[i].count for i in plain],
+            count,
             lr=hyper.lr,
             beta1=hyper.beta1,
             beta2=hyper.beta2,
@@ -178,37 +192,15 @@ def _advance(pieces: Sequence[_Piece], hyper: _Hyper, grad_scale: Tensor | None)
             amsgrad=False,
             maximize=hyper.maximize,
         )
-    for x, w, g in zip(pieces, work, grads, strict=True):
-        if x.count.ndim:
-            _advance_blocks(w, g, x.exp_avg, x.exp_avg_sq, x.count, hyper)
+    for target, copy, back in sorted_:
+        torch.index_select(copy, 0, back, out=target)
+    for x, w in zip(pieces, work, strict=True):
         if x.dice is not None:
             x.param.copy_(_rounded_stochastically(w, x.dice))
         elif w is not x.param:
             x.param.copy_(w)
         if x.write is not None:
             x.write(x.where)
-
-
-def _advance_blocks(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, counts: Tensor, hyper: _Hyper
-) -> None:
-    """One step of blocks that have been trained for different numbers of steps: ``counts [n]``,
-    all else flat ``[n · elements of a block]``."""
-    param, grad, exp_avg, exp_avg_sq = (
-        t.view(counts.numel(), -1) for t in (param, grad, exp_avg, exp_avg_sq)
-    )
-    if hyper.maximize:
-        grad = -grad
-    lr, counts = hyper.lr.to(torch.float64), counts.double()
-    correction1 = 1 - hyper.beta1**counts
-    correction2 = (1 - hyper.beta2**counts).sqrt_()
-    exp_avg.lerp_(grad, 1 - hyper.beta1)
-    exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
-    # lr m/c1 / (√v/c2 + ε) = lr c2/c1 · m / (√v + ε c2), a factor and a term per block
-    below = exp_avg_sq.sqrt().add_((hyper.eps * correction2).to(param.dtype)[:, None])
-    factor = (lr * correction2 / correction1).neg_().to(param.dtype)[:, None]
-    param.mul_((1 - lr * hyper.weight_decay).to(param.dtype))
-    param.addcdiv_(exp_avg * factor, below)
 
 
 def _rows_writer(full: Tensor, ids: Tensor, packed: Tensor) -> Callable[[slice], None] | None:
@@ -228,14 +220,14 @@ def _rows_writer(full: Tensor, ids: Tensor, packed: Tensor) -> Callable[[slice],
     ):
         return None
     across = full.shape[1] // w
-    rows = (ids // across * (h * across) + ids % across)[:, None] + torch.arange(h) * across
+    numbers = (ids // across * (h * across) + ids % across)[:, None] + torch.arange(h) * across
     target, n = full.view(bits).view(-1, w).numpy(), full.numel() // w
-    rows, source = rows.view(-1).numpy(), packed.reshape(-1)
+    rows, source = numbers.view(-1).numpy(), packed.reshape(-1)
 
     def write(where: slice) -> None:
         new = source[where].to(full.dtype).view(bits).view(-1, w).numpy()
         to = rows[where.start // w : where.stop // w]
-        if to[-1] >= n or to.max() >= n:  # blocks of the last row reach beyond the matrix
+        if to.max() >= n:  # blocks of the last row reach beyond the matrix
             inside = to < n
             new, to = new[inside], to[inside]
         target[to] = new
