@@ -7,6 +7,7 @@ the number of elements is searched for.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastgrad.blueprint import Blueprint
+    from fastgrad.flops import FlopPlanner
+    from fastgrad.planner import MemoryPlanner
     from fastgrad.ranking import Ranked
     from fastgrad.selection import Selection
     from fastgrad.spread import Spread
@@ -30,8 +33,10 @@ if TYPE_CHECKING:
 KINDS = ("fraction", "count", "submodules", "memory", "flops", "k_star")
 
 #: A search ends when it knows the elements to this fraction of the model, or when this fraction of
-#: the budget is left: below what a plan can promise.
+#: the budget is left. Where a price takes a run of the model on fake tensors, ten times as much may
+#: be left: still far below what such a plan can promise.
 RESOLUTION = 1e-4
+DEAR_SLACK = 10 * RESOLUTION
 _MAX_ATTEMPTS = 40
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -135,6 +140,16 @@ def k_star_value(source: Blueprint | GradientStats | None, resource: str) -> flo
     return source.k_star[resource].value
 
 
+class Price(NamedTuple):
+    """What a selection takes of a budget: all of it, its unit, how much of the budget may be left
+    over, and the part that is quick to know where all of it is not."""
+
+    cost: Callable[[Selection], float]
+    unit: str
+    slack: float = RESOLUTION
+    part: Callable[[Selection], float] | None = None
+
+
 Found = TypeVar("Found")
 
 
@@ -144,6 +159,7 @@ class Attempt(NamedTuple, Generic[Found]):
     capacity: int
     found: Found
     cost: float
+    rest: float  # of the cost, what is not cheap to know
 
 
 def largest_within(
@@ -153,14 +169,15 @@ def largest_within(
     filled: Callable[[int], Found],
     same: Callable[[Found, Found], bool],
     cost: Callable[[Found], float],
+    part: Callable[[Found], float] | None = None,
+    slack: float = RESOLUTION,
 ) -> Attempt[Found] | None:
     """The filling of the largest capacity that was found to cost at most ``limit``; None if that
     of ``low`` costs more.
 
-    Between a capacity that fits and one that does not, the next one to try is where a straight
-    line says that the limit lies, or halfway where that did not help: costs are nearly linear in
-    the elements, with steps where the backward pass reaches one layer more. Each answer has been
-    priced itself, so it fits even where costs do not rise with the capacity everywhere.
+    Between a capacity that fits and one that does not, the next one to try is where the limit
+    is expected, or halfway where that did not help. Each answer has been priced itself, so it fits
+    even where costs do not rise with the capacity everywhere.
 
     Args:
         limit: of the cost.
@@ -168,35 +185,53 @@ def largest_within(
         filled: what a capacity gives.
         same: whether two fillings are the same, which saves pricing them twice.
         cost: price of a filling; dear.
+        part: the part of the price that is cheap to know and rises with every element. The rest
+            (activations) is expected to stay what it was at the last filling that was priced;
+            without ``part`` the price is expected to be linear in the capacity.
+        slack: share of ``limit`` that may be left.
     """
-    first = filled(low)
-    fits = Attempt(low, first, cost(first))
+    enough = max(1, int(high * RESOLUTION))
+
+    def attempt(capacity: int, found: Found) -> Attempt[Found]:
+        price = cost(found)
+        return Attempt(capacity, found, price, price - part(found) if part is not None else 0.0)
+
+    def expected(fits: Attempt[Found], fails: Attempt[Found], rest: float) -> int:
+        if part is None:
+            share = (limit - fits.cost) / (fails.cost - fits.cost)
+            return fits.capacity + int((fails.capacity - fits.capacity) * share)
+        below, above = fits.capacity, fails.capacity
+        while above - below > enough:
+            middle = (below + above) // 2
+            below, above = (
+                (middle, above) if part(filled(middle)) + rest <= limit else (below, middle)
+            )
+        return below
+
+    fits = attempt(low, filled(low))
     if fits.cost > limit:
         return None
-    everything = filled(high)
-    fails = Attempt(high, everything, cost(everything))
+    fails = attempt(high, filled(high))
     if fails.cost <= limit:
         return fails
-    enough = max(1, int(high * RESOLUTION))
-    width = 2 * (fails.capacity - fits.capacity)
+    latest, width = fails, 2 * (high - low)
     for _ in range(_MAX_ATTEMPTS):
         before, width = width, fails.capacity - fits.capacity
-        if width <= enough or limit - fits.cost <= limit * RESOLUTION:
+        if width <= enough or limit - fits.cost <= limit * slack:
             break
         middle = (fits.capacity + fails.capacity) // 2
         if 2 * width <= before:  # the last step served well
-            step = int(width * (limit - fits.cost) / (fails.cost - fits.cost))
-            margin = max(width // 50, 1)
-            middle = fits.capacity + min(max(step, margin), width - margin)
+            margin = max(width // 50, 1) if part is None else 1
+            middle = expected(fits, fails, latest.rest)
+            middle = min(max(middle, fits.capacity + margin), fails.capacity - margin)
         found = filled(middle)
         if same(found, fits.found):
-            fits = Attempt(middle, found, fits.cost)
+            fits = fits._replace(capacity=middle)
         elif same(found, fails.found):
-            fails = Attempt(middle, found, fails.cost)
-        elif (price := cost(found)) <= limit:
-            fits = Attempt(middle, found, price)
+            fails = fails._replace(capacity=middle)
         else:
-            fails = Attempt(middle, found, price)
+            latest = attempt(middle, found)
+            fits, fails = (latest, fails) if latest.cost <= limit else (fits, latest)
     return fits
 
 
@@ -233,25 +268,26 @@ def searched(
     ranked: Ranked,
     spread: Spread | None,
     made: Callable[[Filling], Selection],
-    cost: Callable[[Selection], float],
+    price: Price,
     total: int,
-    unit: str,
 ) -> tuple[Filling, float]:
     """The largest filling of which the plan stays within a budget of bytes or FLOPs, and what it
     needs.
 
     Args:
         made: makes a selection of a filling.
-        cost: what a selection needs, in ``unit``; both as :func:`price` gives them.
+        price: what a selection needs, as :func:`price_of` gives it.
         total: elements of the whole model.
 
     Raises:
         SelectionError: if the smallest selection needs more than the budget.
     """
+    cost, unit, slack, part = price
     limit = parse_memory(budget.value) if unit == "bytes" else parse_flops(budget.value)
-    least = int(ranked.sizes.min())
+    # The smallest block may lie where the backward pass has a long way; the best one is tried too.
+    lows = sorted({int(ranked.sizes.min()), int(ranked.sizes[0])})
     if spread is not None and spread.floor.any():
-        least = thriftiest(ranked, spread)
+        lows = [thriftiest(ranked, spread)]
 
     def taken(elements: int) -> Filling:
         return fill(ranked, Elements(ranked, elements), spread)
@@ -259,29 +295,35 @@ def searched(
     def priced(filling: Filling) -> float:
         return cost(made(filling))
 
-    best = largest_within(
-        limit, least, total, taken, lambda a, b: np.array_equal(a.ranks, b.ranks), priced
-    )
-    if best is None:
-        smallest = taken(least)
-        needed = priced(smallest)
+    def partly(filling: Filling) -> float:
+        assert part is not None
+        return part(made(filling))
+
+    for low in lows:
+        best = largest_within(
+            limit, low, total, taken, lambda a, b: np.array_equal(a.ranks, b.ranks), priced,
+            None if part is None else partly, slack,
+        )  # fmt: skip
+        if best is not None:
+            break
+    else:
+        needed, smallest = min((priced(taken(low)), low) for low in lows)
         raise SelectionError(
-            f"{limit:,} {unit} are not enough: with the smallest selection, of "
-            f"{int(ranked.sizes[smallest.ranks].sum()):,} elements, a step needs {needed:,.0f}. "
-            f"Remedy: a larger {budget.kind} budget, finer blocks=..., or include=[...] of what is "
-            "nearer to the output, so that the backward pass ends earlier"
+            f"{limit:,} {unit} are not enough: with a selection of {smallest:,} elements a step "
+            f"needs {needed:,.0f}. Remedy: a larger {budget.kind} budget, finer blocks=..., or "
+            "include=[...] of what is nearer to the output, so that the backward pass ends earlier"
         )
     return best.found, best.cost
 
 
-def price(
+def price_of(
     budget: Budget,
     model: nn.Module | None,
     optimizer: str,
     batch_shape: tuple[int, int] | None,
     master_dtype: torch.dtype | None,
-) -> tuple[Callable[[Selection], float], str] | None:
-    """What a selection takes of a budget of memory or FLOPs, and the unit; None for others.
+) -> Price | None:
+    """What a selection takes of a budget of memory or FLOPs; None for others.
 
     Raises:
         SelectionError: if the model, or for FLOPs the shape of the batch, is not known.
@@ -292,23 +334,21 @@ def price(
         raise SelectionError(f"a {budget.kind} budget needs model=...; one on the meta device "
                              "will do")
     if budget.kind == "memory":
-        import fastgrad
+        from fastgrad.planner import MemoryPlanner
 
-        def memory(selection: Selection) -> float:
-            plan = fastgrad.plan_memory(
-                model, selection, optimizer=optimizer, batch_shape=batch_shape,
-                master_dtype=master_dtype,
-            )  # fmt: skip
-            return float(plan.total)
-
-        return memory, "bytes"
+        planner = functools.partial(
+            MemoryPlanner, model, optimizer=optimizer, master_dtype=master_dtype
+        )
+        weights = _total(planner())
+        if batch_shape is None:
+            return Price(weights, "bytes")
+        return Price(_total(planner(batch_shape=batch_shape)), "bytes", DEAR_SLACK, weights)
     if batch_shape is None:
         raise SelectionError("a flops budget is for one step. Remedy: batch_shape=(rows, tokens)")
     from fastgrad.flops import FlopPlanner
 
-    planner = FlopPlanner(model, batch_shape, optimizer=optimizer)
+    return Price(_total(FlopPlanner(model, batch_shape, optimizer=optimizer)), "FLOPs", DEAR_SLACK)
 
-    def flops(selection: Selection) -> float:
-        return float(planner.plan(selection).total)
 
-    return flops, "FLOPs"
+def _total(planner: MemoryPlanner | FlopPlanner) -> Callable[[Selection], float]:
+    return lambda selection: float(planner.plan(selection).total)

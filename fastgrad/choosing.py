@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgrad.blocks import BlockGrid, condensed, grid_of
-from fastgrad.budgets import Budget, filled, one_budget, price, searched
+from fastgrad.budgets import Budget, filled, one_budget, price_of, searched
 from fastgrad.errors import SelectionError
 from fastgrad.filling import Filling
 from fastgrad.granularity import HEAD, Blocks, check_blocks, resolve
@@ -72,7 +72,9 @@ def select(
             blueprint) of which blocks may be chosen; without a cap, all of their blocks are.
         memory: budget in bytes or as text such as ``"16GiB"``, for everything that
             :func:`fastgrad.plan_memory` counts: weights, packed copies, gradients, moments and,
-            with ``batch_shape``, activations.
+            with ``batch_shape``, activations. What is chosen was planned itself and fits. Memory
+            does not rise with every block (a parameter chosen whole may take less than most of
+            it), so a larger choice that fits too may be overlooked.
         flops: budget of one step as a number or text such as ``"2.5T"``, of what
             :func:`fastgrad.flops.plan_flops` counts; needs ``batch_shape``.
         k_star: budget from the blueprint: ``"memory"`` or ``"flops"``.
@@ -121,7 +123,7 @@ def select(
     if ranking in MEASURED and source is None:
         raise SelectionError(f"ranking {ranking!r} needs a measurement. Remedy: a Blueprint or "
                              "GradientStats, or use random, magnitude, first or last")
-    priced = price(budget, model, optimizer, batch_shape, master_dtype)
+    price = price_of(budget, model, optimizer, batch_shape, master_dtype)
     spec, specs = _granularity(source, model, blocks)
     shapes, candidates = _parameters(source, model, ranking in MEASURED)
     candidates = _filtered(candidates, shapes, include, exclude)
@@ -148,12 +150,11 @@ def select(
     def made(filling: Filling) -> Selection:
         return Selection(shapes, spec, ranked.named(filling.ranks), digest, meta, specs)
 
-    if priced is None:
+    if price is None:
         filling = filled(budget, source, ranked, spread, total)
     else:
-        cost, unit = priced
-        filling, needed = searched(budget, ranked, spread, made, cost, total, unit)
-        meta["needs"] = {"unit": unit, "value": needed}
+        filling, needed = searched(budget, ranked, spread, made, price, total)
+        meta["needs"] = {"unit": price.unit, "value": needed}
     if spread is not None:
         meta["spread"] = {
             "by": spread_by or "layer",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fastgrad
+from fastgrad.cli_values import (
+    DTYPES,
+    batch_shape_of,
+    dtype_of,
+    granularity_of,
+    shares_of,
+    source_of,
+)
 from fastgrad.errors import FastgradError, MissingExtraError, ProbeError, ResourceError
 
 if TYPE_CHECKING:
@@ -47,7 +54,6 @@ ModelPath = Annotated[
     typer.Argument(metavar="MODEL_DIR", exists=True, file_okay=False,
                    help="A transformers model folder (config.json, weights, tokenizer)."),
 ]  # fmt: skip
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -200,26 +206,53 @@ def schema() -> None:
 
 @app.command("select")
 def select_command(
-    path: BlueprintPath,
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="A model's folder, gradient_blueprint.json, or "
+                                              "statistics that `fastgrad probe` wrote."),
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where the selection goes.")
     ] = Path("selection.json"),
     fraction: Annotated[float | None, typer.Option(help="Share of all parameters.")] = None,
     count: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
-    k_star: Annotated[
-        str | None, typer.Option("--k-star", help="memory or flops: the blueprint's own k*.")
+    submodules: Annotated[
+        int | None, typer.Option(help="Number of parameters to choose blocks of.")
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory of a training step, such as 16GiB.")
     ] = None,
+    flops: Annotated[
+        str | None, typer.Option(help="FLOPs of a training step, such as 2.5T; with --batch.")
+    ] = None,
+    k_star: Annotated[
+        str | None, typer.Option("--k-star", help="memory or flops: the blueprint's own k*.")
+    ] = None,
     ranking: Annotated[
-        str, typer.Option(help="norm, rms, relative; controls: random, magnitude, first, last.")
+        str,
+        typer.Option(help="norm, rms, relative; of statistics also l1, alignment, "
+                          "alignment_density; controls: random, magnitude, first, last."),
     ] = "rms",
+    direction: Annotated[
+        str | None, typer.Option(help="Name of the target direction, for alignment.")
+    ] = None,
     blocks: Annotated[
-        str | None, typer.Option(help="Granularity or head; the blueprint's finest by default.")
+        list[str] | None,
+        typer.Option(help="Granularity or head; the source's by default. Or PATTERN=GRANULARITY, "
+                          "repeatable: the first that matches a name counts."),
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Name pattern; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Name pattern; repeatable.")] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(help="Least share of each group: 0.05, or PATTERN=0.05, repeatable."),
+    ] = None,
+    cap: Annotated[
+        list[str] | None, typer.Option(help="Largest share of each group, likewise.")
+    ] = None,
+    spread_by: Annotated[
+        str | None, typer.Option(help="Groups of --floor and --cap: layer, parameter or kind.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random ranking.")] = 0,
     local: Annotated[
         Path | None, typer.Option(help="Statistics of a local sample, to blend in.")
@@ -232,39 +265,45 @@ def select_command(
         typer.Option(exists=True, file_okay=False,
                      help="Model folder; by default the blueprint's, where one is needed."),
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="For a memory budget.")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="For a budget of memory or FLOPs.")] = "adamw",
     batch: Annotated[
-        str | None, typer.Option(help="For a memory budget: rows x tokens, such as 8x2048.")
+        str | None,
+        typer.Option(help="For a budget of memory or FLOPs: rows x tokens, such as 8x2048."),
     ] = None,
     master: Annotated[
         str | None, typer.Option(help="For a memory budget: dtype of master copies.")
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Choose what to train from a blueprint and one budget.
+    """Choose what to train from a measurement and one budget.
 
     Example: [bold]fastgrad select my-model/ --fraction 0.2 -o selection.json[/]
+
+    At least 2 % and at most half of each layer, as much as fits into 16 GiB:
+    [bold]fastgrad select my-model/ --memory 16GiB --batch 8x2048 --floor 0.02 --cap 0.5[/]
     """
     from fastgrad.blocks import in_words
-    from fastgrad.blueprint import Blueprint
     from fastgrad.choosing import select
     from fastgrad.granularity import HEAD
-    from fastgrad.stats import GradientStats
 
-    blueprint = Blueprint.from_pretrained(path)
-    if local is not None:
-        blueprint = blueprint.blend(GradientStats.load(local, blocks=False), weight=_weight(weight))
+    source = source_of(path, local, weight)
+    granularity = granularity_of(blocks)
     reads_weights = ranking in ("magnitude", "relative")
+    planned = memory is not None or flops is not None
     folder = model
-    if folder is None and (memory is not None or ranking == "magnitude" or blocks == HEAD):
+    if folder is None and (
+        planned or ranking == "magnitude" or granularity == HEAD or isinstance(granularity, dict)
+    ):
         folder = path if path.is_dir() else path.parent
     net = None
     if folder is not None:
         net = _load_model(folder) if reads_weights else _meta_model(folder)
     selection = select(
-        blueprint, net, fraction=fraction, count=count, k_star=k_star, memory=memory,
-        blocks=blocks, ranking=ranking, include=include or None, exclude=exclude or None, seed=seed,
-        optimizer=optimizer, batch_shape=_batch_shape(batch), master_dtype=_dtype(master),
+        source, net, fraction=fraction, count=count, submodules=submodules, memory=memory,
+        flops=flops, k_star=k_star, blocks=granularity, ranking=ranking, direction=direction,
+        include=include or None, exclude=exclude or None, floor=shares_of("floor", floor),
+        cap=shares_of("cap", cap), spread_by=spread_by, seed=seed, optimizer=optimizer,
+        batch_shape=batch_shape_of(batch), master_dtype=dtype_of(master),
     )  # fmt: skip
     selection.save(output)
     if as_json:
@@ -312,13 +351,13 @@ def plan(
     """
     from fastgrad.selection import Selection
 
-    net = _meta_model(model, _dtype(dtype))
+    net = _meta_model(model, dtype_of(dtype))
     chosen = None if selection is None else Selection.load(selection)
     if chosen is not None:
         chosen.check_model(net, allow_other_weights=True)  # a meta model has no weights to compare
     found = fastgrad.plan_memory(
-        net, chosen, optimizer=optimizer, batch_shape=_batch_shape(batch),
-        master_dtype=_dtype(master),
+        net, chosen, optimizer=optimizer, batch_shape=batch_shape_of(batch),
+        master_dtype=dtype_of(master),
     )  # fmt: skip
     if as_json:
         _print_json(found.to_dict())
@@ -363,7 +402,7 @@ def probe(
     from fastgrad.blocks import in_words
     from fastgrad.probe import Probe
 
-    net = _load_model(model, _dtype(dtype)).eval()
+    net = _load_model(model, dtype_of(dtype)).eval()
     tokenizer = _tokenizer(model)
     ids = _rows(tokenizer, text, length, limit)
     masked = _is_masked(net.config)
@@ -523,35 +562,6 @@ def _progress(shown: bool) -> Iterator[Progress]:
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         yield progress
-
-
-def _batch_shape(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text, re.ASCII)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not rows x tokens, such as 8x2048")
-    return int(match[1]), int(match[2])
-
-
-def _weight(text: str) -> Any:
-    if text == "auto":
-        return "auto"
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"--weight is 'auto' or a number, not {text!r}") from None
-
-
-def _dtype(text: str | None) -> torch.dtype | None:
-    if text is None:
-        return None
-    if text not in DTYPES:
-        raise typer.BadParameter(f"{text!r} is no dtype; use {', '.join(DTYPES)}")
-    import torch
-
-    found: torch.dtype = getattr(torch, text)
-    return found
 
 
 if __name__ == "__main__":

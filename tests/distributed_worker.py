@@ -92,11 +92,15 @@ def definition(
     return examples, totals
 
 
-def blocks_of(matrix: Tensor, grid: Any) -> Tensor:
-    """Norms of the blocks of one gradient, cut out one by one."""
+def cut(matrix: Tensor, grid: Any) -> list[Tensor]:
+    """The blocks of one gradient, cut out one by one."""
     matrix = matrix.reshape(grid.rows, grid.cols)
-    cut = [c for r in matrix.split(grid.block_rows) for c in r.split(grid.block_cols, 1)]
-    return torch.stack([c.norm() for c in cut])
+    return [c for r in matrix.split(grid.block_rows) for c in r.split(grid.block_cols, 1)]
+
+
+def blocks_of(matrix: Tensor, grid: Any) -> Tensor:
+    """Norms of the blocks of one gradient."""
+    return torch.stack([c.norm() for c in cut(matrix, grid)])
 
 
 def worst(got: Any, want: Any) -> float:
@@ -154,6 +158,20 @@ def errors(
         ]  # fmt: skip
         got = stats.alignment
         found["alignment"] = float(np.abs(got - want).max() / np.abs(want).max())
+        for n in stats.block_alignment:
+            grid = stats.grid(n)
+            want = torch.stack([e["weight"] * torch.stack([
+                c.sum() for c in cut(e[n] * targets[n].double(), grid)]) for e in examples]).sum(0)
+            off = (torch.from_numpy(stats.block_alignment[n][0]) - want).abs().max()
+            worst_yet = found.get("block alignment", 0.0)
+            found["block alignment"] = max(worst_yet, float(off / want.abs().max()))
+    if stats.block_batch_abs:
+        found["l1"] = max(
+            worst(stats.mean_abs(n), torch.stack([
+                torch.stack([c.abs().mean() for c in cut(t[n], stats.grid(n))]) for t in totals
+            ]).mean(0))
+            for n in stats.names
+        )  # fmt: skip
     return found
 
 
@@ -230,7 +248,7 @@ def ddp_plain() -> dict[str, Any]:
 def ddp_blocks_and_direction() -> dict[str, Any]:
     model, steps = model_of(tied=True), [[even(2, seed)] for seed in (1, 2)]
     targets = direction(model)
-    stats = train(ddp(model), steps, ddp_sync, blocks="8x8", targets=targets)
+    stats = train(ddp(model), steps, ddp_sync, blocks="8x8", targets=targets, l1=True)
     return errors(stats, model, steps, targets=targets)
 
 
@@ -239,7 +257,7 @@ def ddp_no_sync() -> dict[str, Any]:
     """Gradients of two steps pile up in ``.grad``: each batch is still one step."""
     model = model_of()
     steps = [[even(2, seed), even(2, seed + 10)] for seed in (1, 2)]
-    stats = train(ddp(model), steps, ddp_sync, keep=True)
+    stats = train(ddp(model), steps, ddp_sync, keep=True, l1=True)
     found = errors(stats, model, steps)
     cleared = train(ddp(model), steps, ddp_sync)
     return {**found, "cleared": worst(cleared.batch_sq, stats.batch_sq)}
@@ -290,7 +308,7 @@ def sharded(tied: bool, steps: list[list[list[Batch]]] | None = None, **kwargs: 
     steps = steps or [[even(2, seed)] for seed in (1, 2)]
     targets = direction(model)
     options = {k: kwargs.pop(k) for k in ("reshard_after_forward",) if k in kwargs}
-    stats = train(fsdp(model, **options), steps, fsdp_sync, targets=targets, **kwargs)
+    stats = train(fsdp(model, **options), steps, fsdp_sync, targets=targets, l1=True, **kwargs)
     return errors(stats, model, steps, targets=targets)
 
 

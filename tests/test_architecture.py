@@ -54,7 +54,7 @@ RANKS: list[set[str]] = [
     {"delta", "plots", "reselection_schedule"},
     {"integrations"},
     {"quickstart"},
-    {"cli"},
+    {"cli", "cli_values"},
 ]
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}
 

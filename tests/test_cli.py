@@ -300,6 +300,51 @@ def test_select_k_star_and_memory(run, released, tmp_path):
     assert Selection.load(target) == expected
 
 
+def test_select_spreads_over_a_mix_of_granularities(run, released, tmp_path):
+    target = tmp_path / "sel.json"
+    mixed = ["--blocks", "*.mlp.*=module", "--blocks", "*=module"]
+    assert run("select", released, "--submodules", 6, *mixed, "-o", target)[0] == 0
+    blueprint, model = Blueprint.from_pretrained(released), _loaded(released)
+    assert Selection.load(target) == select(blueprint, submodules=6, blocks="module")
+    code, out, err = run("select", released, "--fraction", 0.5, "--floor", "*layers*=0.01",
+                         "--cap", "*layers.0=0.6", "--cap", "*=0.9", "--exclude", "*norm*",
+                         "-o", target)  # fmt: skip
+    assert code == 0, err
+    assert Selection.load(target) == select(
+        blueprint, fraction=0.5, floor={"*layers*": 0.01}, cap={"*layers.0": 0.6, "*": 0.9},
+        exclude=["*norm*"],
+    )  # fmt: skip
+    assert "spread by layer" in out
+    for options in (
+        ["--floor", "much"], ["--floor", "*=much"], ["--floor", "0.1", "--floor", "0.2"],
+        ["--cap", "*=0.1", "--cap", "*=0.2"], ["--blocks", "row", "--blocks", "column"],
+    ):  # fmt: skip
+        assert run("select", released, "--fraction", 0.2, *options)[0] == 2
+    for options, said in (
+        (["--spread-by", "layer"], "groups floors and caps"),
+        (["--direction", "x"], "direction='x' is for ranking='alignment'"),
+        (["--ranking", "l1"], "Probe(model, l1=True)"),
+        (["--ranking", "alignment"], "does not know the direction"),
+    ):
+        code, _, err = run("select", released, "--fraction", 0.2, *options)
+        assert code == 1
+        assert said in err
+    code, _, err = run("select", released, "--flops", "1T")
+    assert code == 1
+    assert "batch_shape" in err
+    assert run("select", released, "--flops", "1T", "--batch", "1x8", "--blocks", "module",
+               "-o", target)[0] == 0  # fmt: skip
+    assert Selection.load(target).n_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_select_from_statistics(run, released, tmp_path):
+    target, stats = tmp_path / "sel.json", released / "stats.safetensors"
+    assert run("select", stats, "--fraction", 0.2, "--ranking", "norm", "-o", target)[0] == 0
+    loaded = GradientStats.load(stats, blocks=False)
+    assert Selection.load(target) == select(loaded, fraction=0.2, ranking="norm")
+    assert run("select", stats, "--fraction", 0.2, "--local", stats, "-o", target)[0] == 2
+
+
 def test_select_blends_a_local_sample(run, released, tmp_path):
     target, local = tmp_path / "sel.json", released / "stats.safetensors"
     assert run("select", released, "--fraction", 0.2, "--local", local, "--weight", 0.5,

@@ -82,6 +82,14 @@ def test_processes_together_are_one(results, name):
     check(results[name])
 
 
+def test_l1_and_the_alignment_of_blocks_are_those_of_one_process(results):
+    for name in ("ddp_blocks_and_direction", "fsdp_tied_tiles", "fsdp_columns_no_reshard"):
+        assert results[name]["l1"] < 1e-4
+        assert results[name]["block alignment"] < 1e-4
+    assert results["ddp_no_sync"]["l1"] < 1e-4
+    assert results["fsdp_accumulation"]["block alignment"] < 1e-4
+
+
 def test_fully_shard_in_bfloat16_is_as_exact_as_bfloat16(results):
     check(results["fsdp_bf16"], 3e-2)
 

@@ -1,0 +1,105 @@
+"""What the options of the ``fastgrad`` command say: texts become values, or wrong usage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastgrad.blueprint import Blueprint
+    from fastgrad.stats import GradientStats
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def source_of(path: Path, local: Path | None, weight: str) -> Blueprint | GradientStats:
+    """What to select from: statistics, or a blueprint with a local sample blended in."""
+    from fastgrad.blueprint import Blueprint
+    from fastgrad.stats import GradientStats
+    from fastgrad.stats_shards import INDEX_NAME
+
+    if path.suffix == ".safetensors" or (path / INDEX_NAME).is_file():
+        if local is not None:
+            raise typer.BadParameter("--local is blended into a blueprint, and this source is "
+                                     "statistics. Remedy: fastgrad blueprint create first")
+        return GradientStats.load(path, blocks=False)
+    blueprint = Blueprint.from_pretrained(path)
+    if local is None:
+        return blueprint
+    return blueprint.blend(GradientStats.load(local, blocks=False), weight=_weight(weight))
+
+
+def granularity_of(values: Sequence[str] | None) -> str | dict[str, str] | None:
+    """``row``, or several ``PATTERN=GRANULARITY``."""
+    if not values:
+        return None
+    if len(values) == 1 and "=" not in values[0]:
+        return values[0]
+    return _pairs("blocks", values)
+
+
+def shares_of(option: str, values: Sequence[str] | None) -> float | dict[str, float] | None:
+    """``0.05``, or several ``PATTERN=0.05``."""
+    if not values:
+        return None
+    if len(values) == 1 and "=" not in values[0]:
+        return _share(option, values[0])
+    return {pattern: _share(option, text) for pattern, text in _pairs(option, values).items()}
+
+
+def _share(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--{option} is a share such as 0.05, or PATTERN=0.05, not {text!r}"
+        ) from None
+
+
+def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for value in values:
+        pattern, _, right = value.rpartition("=")
+        if not pattern or pattern in pairs:
+            raise typer.BadParameter(
+                f"--{option} {value!r}: several are written PATTERN=VALUE, each pattern once"
+            )
+        pairs[pattern] = right
+    return pairs
+
+
+def batch_shape_of(text: str | None) -> tuple[int, int] | None:
+    """``8x2048``: rows and tokens."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text, re.ASCII)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not rows x tokens, such as 8x2048")
+    return int(match[1]), int(match[2])
+
+
+def dtype_of(text: str | None) -> torch.dtype | None:
+    """One of :data:`DTYPES`."""
+    if text is None:
+        return None
+    if text not in DTYPES:
+        raise typer.BadParameter(f"{text!r} is no dtype; use {', '.join(DTYPES)}")
+    import torch
+
+    found: torch.dtype = getattr(torch, text)
+    return found
+
+
+def _weight(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"--weight is 'auto' or a number, not {text!r}") from None
