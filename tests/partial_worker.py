@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node 2 -m tests.partial_worker
 
 Every scenario trains a tiny partial model in all processes, each on its part of every batch, and
-compares the weights with those of one process that was given the whole batches. Errors are the
-largest difference in a parameter divided by its largest element, and by its largest change.
+compares the weights with those of one process that was given the same parts one after the other,
+or the whole batches. Errors are the largest difference in a parameter divided by its largest
+element, and by its largest change.
 """
 
 from __future__ import annotations
@@ -126,12 +127,12 @@ def one_process(
     make: Maker = sparse_adamw,
     *,
     master_dtype: torch.dtype | None = None,
+    batches: str = "parts",
 ) -> dict[str, Tensor]:
     """Weights after training in this process alone, with masters also these."""
     model = copy.deepcopy(model)
     partial = fg.make_partial(model, selection, master_dtype)
-    alone = "whole" if master_dtype is None else "parts"
-    train(model, partial, make(partial.parameters()), steps, alone=alone)
+    train(model, partial, make(partial.parameters()), steps, alone=batches)
     return weights_of(model, None if master_dtype is None else partial)
 
 
@@ -238,7 +239,11 @@ def ddp_run(
     train(wrapped, partial, make(partial.parameters()), steps)
     want = one_process(base, selection, steps, make, master_dtype=masters)
     got = weights_of(model, None if masters is None else partial)
-    return compare(base, got, want, selection)
+    found = compare(base, got, want, selection)
+    if masters is None:
+        want = one_process(base, selection, steps, make, batches="whole")
+        found["whole batches"] = difference(base, got, want, selection)["weights"]
+    return found
 
 
 # -- DistributedDataParallel -----------------------------------------------------------------
@@ -415,7 +420,7 @@ def ddp_reselect() -> dict[str, Any]:
     base, steps = model_of(), steps_of(3)
     first, later = selection_of(base), selection_of(base, share=0.5)
     weights = []
-    for alone in ("", "whole"):
+    for alone in ("", "parts"):
         model = copy.deepcopy(base)
         partial = fg.make_partial(model, first)
         optimizer = sparse_adamw(partial.parameters())
@@ -459,6 +464,9 @@ def fsdp_run(
     want = one_process(base, selection, steps, make, master_dtype=masters)
     got = weights_of(model, None if masters is None else partial)
     found = compare(base, got, want, selection)
+    if masters is None:
+        want = one_process(base, selection, steps, make, batches="whole")
+        found["whole batches"] = difference(base, got, want, selection)["weights"]
     held = [p for b in partial.packed for p in (b.lasting("full"), b.lasting("packed"))]
     moments = sum(
         local(t).numel() * t.element_size()
@@ -659,8 +667,9 @@ def fsdp_unused() -> dict[str, Any]:
                 fully_shard(part)
         optimizer = sparse_adamw(partial.parameters())
         for x, use in data:
-            part = x.flatten(0, 1) if alone else x[dist.get_rank()]
-            model(part, use).square().mean().backward()
+            for part in x if alone else x[dist.get_rank()].unsqueeze(0):
+                loss = model(part, use).square().mean()
+                (loss / world if alone else loss).backward()
             optimizer.step()
             optimizer.zero_grad()
         weights.append(weights_of(model))

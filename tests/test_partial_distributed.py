@@ -35,6 +35,7 @@ FIRST = [
     "nan_on_one_process",
     "refusals",
 ]
+ACCUMULATING = ("ddp_no_sync", "ddp_accelerate", "fsdp_accumulation")
 OTHERS = [name for name in SCENARIOS if name not in FIRST]
 
 
@@ -64,11 +65,14 @@ def others(tmp_path_factory):
     return run(OTHERS, tmp_path_factory.mktemp("partial"))
 
 
-def check(found, tolerance=4e-6):
-    """Largest differences, relative to the largest element of each parameter. Adam divides by the
-    gradient's size, so a rounding error of a gradient near zero weighs more than its 1e-7."""
+def check(found, tolerance=1e-6):
+    """Largest differences, relative to the largest element of each parameter, to one process that
+    takes the parts of a batch one after the other. With whole batches, or where a step accumulates
+    several batches, sums have another order, and since Adam divides by the gradient's size, their rounding weighs more in single elements where
+    the gradient is near zero."""
     assert "failed" not in found, found["failed"]
     assert found["weights"] <= tolerance, found  # NaN fails too
+    assert found.get("whole batches", 0.0) <= max(tolerance, 1e-5), found
     assert found["smallest change"] > 1e-3  # each selected parameter was trained
     assert found["frozen"]  # unselected weights: the base's bits, by hash, on every process
     assert found["all alike"]  # all weights, by hash, on every process
@@ -89,7 +93,7 @@ def check_shards(found, name):
 )
 def test_processes_together_train_what_one_trains(results, name):
     found = results[name]
-    check(found, 1e-6 if name.startswith("fsdp") else 4e-6)
+    check(found, 4e-6 if name in ACCUMULATING else 1e-6)
     if "shares" in found:
         check_shards(found, name)
 
@@ -98,7 +102,8 @@ def test_processes_together_train_what_one_trains(results, name):
 @pytest.mark.parametrize("name", [n for n in OTHERS if "checkpoints" not in n])
 def test_other_ways_to_train(others, name):
     found = others[name]
-    check(found, 5e-3 if name == "fsdp_mixed_precision" else 4e-6)
+    of_gradients = 5e-3 if name == "fsdp_mixed_precision" else 1e-6  # rounded to bfloat16 there
+    check(found, 4e-6 if name in ACCUMULATING else of_gradients)
     if "shares" in found:
         check_shards(found, name)
     assert found.get("evaluation", 0.0) < 2e-6
