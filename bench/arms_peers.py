@@ -1,8 +1,9 @@
 """The peers: other ways to train with little memory, each as its own package runs it.
 
 Every one gets the model, and says what it trains, what it keeps and what it copies. What GaLore,
-BAdam, LISA and LoRA leave to the user (rank, period, layers at a time) is set so that gradients
-apart, their memory comes close to that of SparseAdamW; each setting stands in the arm's note.
+BAdam, LISA and LoRA leave to the user (rank, period, layers at a time) is set so that their memory
+comes close to that of SparseAdamW, for GaLore that of the optimizer's state, since it needs the
+gradient of every weight; each setting stands in the arm's note.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from fastgrad.quickstart.settings import Spec
 
 EMBEDDING = "model.embed_tokens.weight"
 LAYERS = "model.layers."
+# Of an adapter weight, memory holds the value, the gradient and two moments; of a selected weight
+# the last three. So many adapter weights take the bytes of one selected weight:
+PER_SELECTED = 3 / 4
 GALORE_SCALE = 0.25  # the package's default, and the paper's choice
 LISA_PERIOD, LISA_ACTIVE = 5, 1
 # kind -> package that it needs
@@ -44,6 +48,12 @@ def missing(kind: str) -> str | None:
 # -- adapters ----------------------------------------------------------------------------
 
 
+def lora(spec: Spec, model: nn.Module) -> Prepared:
+    """LoRA (arXiv 2106.09685) on the linear layers. The quickstart's has as many weights as the
+    sparse arms; this one takes as many bytes."""
+    return _adapters(spec, model)
+
+
 def lora_embedding(spec: Spec, model: nn.Module) -> Prepared:
     """LoRA on the linear layers; the embedding, and with it the head, is trained whole."""
     return _adapters(spec, model, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
@@ -58,7 +68,7 @@ def _adapters(spec: Spec, model: nn.Module, **options: Any) -> Prepared:
     from peft import LoraConfig, get_peft_model
 
     own = dict(model.named_parameters())
-    budget = spec.fraction * sum(p.numel() for p in own.values())
+    budget = PER_SELECTED * spec.fraction * sum(p.numel() for p in own.values())
     if "modules_to_save" in options:
         budget -= own[EMBEDDING].numel()
     if options.get("use_dora"):  # a length for each output
@@ -224,8 +234,8 @@ def lisa(spec: Spec, model: nn.Module) -> Prepared:
 
 
 KINDS: dict[str, Callable[[Spec, nn.Module], Prepared]] = {
-    "lora-embedding": lora_embedding, "dora": dora, "adamw-8bit": adamw_8bit, "galore": galore,
-    "badam": badam, "lisa": lisa,
+    "lora": lora, "lora-embedding": lora_embedding, "dora": dora, "adamw-8bit": adamw_8bit,
+    "galore": galore, "badam": badam, "lisa": lisa,
 }  # fmt: skip
 
 
