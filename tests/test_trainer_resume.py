@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+import transformers.integrations
+from transformers.trainer_utils import HPSearchBackend
 
 import fastgrad as fg
 from fastgrad.errors import PartialError
@@ -161,3 +163,22 @@ def test_old_folders_in_the_way_are_not_written_to(tmp_path, monkeypatch):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     for name, value in state(run.model).items():
         assert torch.equal(state(resumed.model)[name], value), name
+
+
+def test_a_trial_of_a_hyperparameter_search_has_its_file_in_its_own_folder(tmp_path, monkeypatch):
+    class Trial:  # what the Trainer reads of optuna's
+        number, params = 0, {}
+
+    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial.params)
+    run = trainer(lambda trial: randomised(llama), tmp_path, optimizer=tiles(), **SAVING)
+    run.hp_search_backend, run.hp_name = HPSearchBackend.OPTUNA, None
+    run.hp_space = lambda trial: {"learning_rate": 2e-3 * (1 + trial.number)}
+    rates = []
+    for number in (0, 1):
+        trial = Trial()
+        trial.number = number
+        run.train(trial=trial)
+        rates.append(run.optimizer.param_groups[0]["initial_lr"])
+        assert (tmp_path / f"run-{number}" / "checkpoint-10" / PARTIAL).is_file()
+    assert rates == [2e-3, 4e-3]
+    assert not (tmp_path / "checkpoint-10").exists()
