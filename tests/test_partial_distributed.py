@@ -68,8 +68,8 @@ def others(tmp_path_factory):
 def check(found, tolerance=1e-6):
     """Largest differences, relative to the largest element of each parameter, to one process that
     takes the parts of a batch one after the other. With whole batches, or where a step accumulates
-    several batches, sums have another order, and since Adam divides by the gradient's size, their rounding weighs more in single elements where
-    the gradient is near zero."""
+    several batches, sums have another order, and since Adam divides by the gradient's size, their
+    rounding weighs more in single elements where the gradient is near zero."""
     assert "failed" not in found, found["failed"]
     assert found["weights"] <= tolerance, found  # NaN fails too
     assert found.get("whole batches", 0.0) <= max(tolerance, 1e-5), found
