@@ -32,12 +32,20 @@ if TYPE_CHECKING:
 
 KINDS = ("fraction", "count", "submodules", "memory", "flops", "k_star")
 
-#: A search ends when it knows the elements to this fraction of the model, or when this fraction of
-#: the budget is left. Where a price takes a run of the model on fake tensors, ten times as much may
-#: be left: still far below what such a plan can promise.
-RESOLUTION = 1e-4
-DEAR_SLACK = 10 * RESOLUTION
-_MAX_ATTEMPTS = 40
+
+class Effort(NamedTuple):
+    """How long a search goes on: until it knows the elements to a ``resolution`` of the model's, or
+    that share of the budget is left, or ``attempts`` fillings between the ends were priced."""
+
+    resolution: float
+    attempts: int
+
+
+#: Where a price is arithmetic, or most of it is known after the first.
+CHEAP = Effort(1e-4, 40)
+#: Where a price takes a run of the model on fake tensors, seconds for a large model: what is left
+#: is still far below what such a plan can promise.
+DEAR = Effort(1e-3, 8)
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -141,12 +149,12 @@ def k_star_value(source: Blueprint | GradientStats | None, resource: str) -> flo
 
 
 class Price(NamedTuple):
-    """What a selection takes of a budget: all of it, its unit, how much of the budget may be left
-    over, and the part that is quick to know where all of it is not."""
+    """What a selection takes of a budget: all of it, its unit, how well it is to be met, and
+    the part that is quick to know where all of it is not."""
 
     cost: Callable[[Selection], float]
     unit: str
-    slack: float = RESOLUTION
+    effort: Effort = CHEAP
     part: Callable[[Selection], float] | None = None
 
 
@@ -170,7 +178,7 @@ def largest_within(
     same: Callable[[Found, Found], bool],
     cost: Callable[[Found], float],
     part: Callable[[Found], float] | None = None,
-    slack: float = RESOLUTION,
+    effort: Effort = CHEAP,
 ) -> Attempt[Found] | None:
     """The filling of the largest capacity that was found to cost at most ``limit``; None if that
     of ``low`` costs more.
@@ -188,9 +196,9 @@ def largest_within(
         part: the part of the price that is cheap to know and rises with every element. The rest
             (activations) is expected to stay what it was at the last filling that was priced;
             without ``part`` the price is expected to be linear in the capacity.
-        slack: share of ``limit`` that may be left.
+        effort: when to stop.
     """
-    enough = max(1, int(high * RESOLUTION))
+    enough = max(1, int(high * effort.resolution))
 
     def attempt(capacity: int, found: Found) -> Attempt[Found]:
         price = cost(found)
@@ -201,7 +209,7 @@ def largest_within(
             share = (limit - fits.cost) / (fails.cost - fits.cost)
             return fits.capacity + int((fails.capacity - fits.capacity) * share)
         below, above = fits.capacity, fails.capacity
-        while above - below > enough:
+        while above - below > max(1, enough // 10):
             middle = (below + above) // 2
             below, above = (
                 (middle, above) if part(filled(middle)) + rest <= limit else (below, middle)
@@ -215,9 +223,10 @@ def largest_within(
     if fails.cost <= limit:
         return fails
     latest, width = fails, 2 * (high - low)
-    for _ in range(_MAX_ATTEMPTS):
+    attempts = 0
+    while attempts < effort.attempts:
         before, width = width, fails.capacity - fits.capacity
-        if width <= enough or limit - fits.cost <= limit * slack:
+        if width <= enough or limit - fits.cost <= limit * effort.resolution:
             break
         middle = (fits.capacity + fails.capacity) // 2
         if 2 * width <= before:  # the last step served well
@@ -230,7 +239,7 @@ def largest_within(
         elif same(found, fails.found):
             fails = fails._replace(capacity=middle)
         else:
-            latest = attempt(middle, found)
+            latest, attempts = attempt(middle, found), attempts + 1
             fits, fails = (latest, fails) if latest.cost <= limit else (fits, latest)
     return fits
 
@@ -282,7 +291,7 @@ def searched(
     Raises:
         SelectionError: if the smallest selection needs more than the budget.
     """
-    cost, unit, slack, part = price
+    cost, unit, effort, part = price
     limit = parse_memory(budget.value) if unit == "bytes" else parse_flops(budget.value)
     # The smallest block may lie where the backward pass has a long way; the best one is tried too.
     lows = sorted({int(ranked.sizes.min()), int(ranked.sizes[0])})
@@ -302,7 +311,7 @@ def searched(
     for low in lows:
         best = largest_within(
             limit, low, total, taken, lambda a, b: np.array_equal(a.ranks, b.ranks), priced,
-            None if part is None else partly, slack,
+            None if part is None else partly, effort,
         )  # fmt: skip
         if best is not None:
             break
@@ -342,12 +351,12 @@ def price_of(
         weights = _total(planner())
         if batch_shape is None:
             return Price(weights, "bytes")
-        return Price(_total(planner(batch_shape=batch_shape)), "bytes", DEAR_SLACK, weights)
+        return Price(_total(planner(batch_shape=batch_shape)), "bytes", DEAR, weights)
     if batch_shape is None:
         raise SelectionError("a flops budget is for one step. Remedy: batch_shape=(rows, tokens)")
     from fastgrad.flops import FlopPlanner
 
-    return Price(_total(FlopPlanner(model, batch_shape, optimizer=optimizer)), "FLOPs", DEAR_SLACK)
+    return Price(_total(FlopPlanner(model, batch_shape, optimizer=optimizer)), "FLOPs")
 
 
 def _total(planner: MemoryPlanner | FlopPlanner) -> Callable[[Selection], float]:

@@ -53,10 +53,10 @@ def test_what_is_found_fits_even_where_costs_fall(sizes, slope, steps, percent, 
     if found is None:
         return
     assert found.cost == 1000 + slope * found.found + rest(found.found) <= limit
-    assert len(priced) <= 2 + 30
+    assert len(priced) <= 2 + budgets.CHEAP.attempts
     if all(s >= 0 for s in steps):  # costs rise: nothing larger fits, but for the resolution
         reached = [filled(c) for c in np.cumsum(sizes) if c > found.found]
-        if reached and limit - found.cost > limit * budgets.RESOLUTION:
+        if reached and limit - found.cost > limit * budgets.CHEAP.resolution:
             assert 1000 + slope * reached[0] + rest(reached[0]) > limit
 
 
@@ -70,11 +70,11 @@ def test_few_plans_are_made():
             return 14.0 * n + (5e9 if n > 1e6 else 1e8)
 
         found = largest_within(
-            12 * 10**9, 1000, 10**9, lambda c: c, lambda a, b: a == b, cost, part
+            12 * 10**9, 1000, 10**9, lambda c: c, lambda a, b: a == b, cost, part, budgets.DEAR
         )
         assert found is not None
-        assert 12e9 * (1 - 2e-4) < found.cost <= 12e9
-        assert len(priced) <= (4 if part else 12)
+        assert 12e9 - 14 * 10**9 * budgets.DEAR.resolution <= found.cost <= 12e9
+        assert len(priced) <= (4 if part else 10)
 
 
 # -- memory --------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_flops_budget():
     assert made.meta["needs"] == {"unit": "FLOPs", "value": found}
     assert made.meta["budget"] == {"kind": "flops", "value": budget}
     assert f"a step needs {found:,.0f} FLOPs" in made.summary()
-    if found < budget * (1 - 1e-3):
+    if found < budget * (1 - 1e-4):
         assert planner.plan(next_larger(model, made)).total > budget
     with pytest.raises(SelectionError, match=r"10 FLOPs are not enough.*a step needs"):
         select(None, model, ranking="last", flops=10, batch_shape=shape)
