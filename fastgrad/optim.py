@@ -350,14 +350,14 @@ class SparseAdamW(Optimizer):
 
         Nothing else changes, but a ``torch.distributed.checkpoint`` of a run that has re-selected
         can be loaded: it loads into tensors of the shapes that it saved, and a fresh optimizer
-        counts by tensor. Costs 4 bytes per block.
+        counts by tensor. Makes the state of all parameters. Costs 4 bytes per block.
         """
         for group in self.param_groups:
             for p in group["params"]:
-                if getattr(p, "_fastgrad_blocks", None) is not None and p.ndim == 3:
-                    state = self._state(p)
-                    if state["step"].numel() == 1:
-                        state["step"] = state["step"].reshape(1).repeat(p.shape[0])
+                state = self._state(p)
+                blocks = getattr(p, "_fastgrad_blocks", None)
+                if blocks is not None and p.ndim == 3 and state["step"].ndim == 0:
+                    state["step"] = state["step"].repeat(p.shape[0])
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors; of this process' shards under ``fully_shard``."""
