@@ -20,7 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from fastgrad.errors import NonFiniteGradientError, PartialError
 from fastgrad.optim import SparseAdamW
 from fastgrad.sharded import is_sharded
-from fastgrad.step_guard import ENDED, IN_BACKWARD, write_through
+from fastgrad.step_guard import ENDED, IN_BACKWARD, ensure_hooks, write_through
 from fastgrad_kernels.layout import sum_of_squares
 
 #: Added to a norm that is divided by, as in torch.nn.utils.clip_grad_norm_.
@@ -55,9 +55,9 @@ def step_in_backward(
     (1 - decay) * norm of all gradients, unclipped``. With ``decay=0`` it is the norm of the
     previous iteration. A sudden spike is therefore limited to ``max_norm`` per tensor, not in all
     (at most ``max_norm * sqrt(number of tensors)``), and scales down the iteration after it. Where
-    norms change slowly it comes close to ordinary clipping. The first iteration has no ``N``: unless
-    ``first_norm`` is given, its gradients are kept, and clipped exactly by their common norm in
-    ``optimizer.step()``. ``clip_grad_norm_`` called by the loop finds no gradients and does
+    norms change slowly it comes close to ordinary clipping. The first iteration has no ``N``:
+    unless ``first_norm`` is given, its gradients are kept, and clipped exactly by their common norm
+    in ``optimizer.step()``. ``clip_grad_norm_`` called by the loop finds no gradients and does
     nothing.
 
     **Accumulation.** Wrap all backward passes of an iteration but the last one in ``with
@@ -126,6 +126,7 @@ class InBackward:
         self._hooks: list[Any] = []
         self._raw: Any = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
         self._check_optimizer()
+        ensure_hooks()  # one of them calls finish()
         optimizer.__dict__[IN_BACKWARD] = self
         self._before = optimizer.register_step_pre_hook(self._before_step)
         self._after = optimizer.register_step_post_hook(self._after_step)
@@ -204,11 +205,25 @@ class InBackward:
             )
         if self._holding or (self.max_norm is not None and self.norm is None):
             return
+        if self._looks_like_a_checkpoint(p):
+            return  # left to step()
         if self.max_norm is not None:
             self._clip(p)
         self._update(p)
         p.grad = None
         self.updated.add(id(p))
+
+    def _looks_like_a_checkpoint(self, p: Tensor) -> bool:
+        """SparseAdamW takes a first step at rate zero for the initialisation of its state, if all
+        gradients are zero, and does not count it: one gradient alone does not tell."""
+        optimizer = self.optimizer
+        return (
+            isinstance(optimizer, SparseAdamW)
+            and not optimizer.state
+            and not any(bool(g["lr"] != 0) for g in optimizer.param_groups)
+            and p.grad is not None
+            and not bool(p.grad.any())
+        )
 
     @torch.no_grad()
     def _update(self, p: Tensor) -> None:
@@ -278,7 +293,7 @@ class InBackward:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._busy:  # a step that calls that of its base class
             return
-        if len(args) > 1 or kwargs.get("closure") is not None:
+        if kwargs.get("closure") is not None or any(a is not None for a in args[1:]):
             raise PartialError(
                 "a closure is called inside the step, after which nothing is left to update. "
                 "Remedy: loss.backward(), then optimizer.step()"

@@ -18,6 +18,7 @@ from fastgrad.identity import PACKED_SUFFIX, model_parameters, reshard, weights_
 from fastgrad.packed import PackedBlocks, PartialModule, check_owner, install, uninstall
 from fastgrad.selection import Selection
 from fastgrad.step_guard import (
+    BEFORE,
     ENDED,
     NAME,
     REMOVED,
@@ -245,6 +246,7 @@ class Partial:
         own = model_parameters(self.model)
         for name, p in own.items():
             p.__dict__.pop(NAME, None)
+            resume(p)
             if name in self._requires_grad:  # added since then: not ours to judge
                 p.requires_grad_(self._requires_grad[name])
         restore(self._superseded)
@@ -382,7 +384,7 @@ def build(
                 check_owner(module, name)
     ensure_hooks()
     before = optimizers_of(own.values())
-    supersede(before, model)
+    supersede(before, BEFORE)
     if requires_grad is None:
         requires_grad = {name: p.requires_grad for name, p in own.items()}
     for p in own.values():

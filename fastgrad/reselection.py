@@ -29,7 +29,16 @@ from fastgrad.layouts import (
 from fastgrad.packed import PackedBlocks, check_owner, install
 from fastgrad.partial import as_it_stands, check_fits, mark_trained, owners_of
 from fastgrad.selection import Selection
-from fastgrad.step_guard import DESELECTED, IN_BACKWARD, NAME, end, is_pending
+from fastgrad.step_guard import (
+    DESELECTED,
+    IN_BACKWARD,
+    NAME,
+    NOT_TOLD,
+    end,
+    is_pending,
+    optimizers_of,
+    supersede,
+)
 
 if TYPE_CHECKING:
     from fastgrad.partial import Partial
@@ -135,7 +144,9 @@ def reselect(
     partial.selection, partial.touched = selection, touched
     _change_optimizers(partial, plans, [g for _, g in groups], orders)
     for plan in plans:
-        _release(plan, bool(optimizers))
+        _release(plan)
+    if not optimizers:
+        _supersede(partial, plans)
     for o in optimizers:
         early = o.__dict__.get(IN_BACKWARD)
         if early is not None:
@@ -384,16 +395,22 @@ def _change_optimizers(
             group["param_names"] = [n for _, n in entries]
 
 
-def _release(plan: _Plan, migrated_away: bool) -> None:
+def _supersede(partial: Partial, plans: Sequence[_Plan]) -> None:
+    """Optimizers of whole weights that are trained no more: the weights themselves live on."""
+    left = [p.old for p in plans if p.old is p.full is not p.new]
+    if left:
+        stale = optimizers_of(left)
+        supersede(stale, NOT_TOLD)
+        partial._superseded.update(stale)
+
+
+def _release(plan: _Plan) -> None:
     """Give back the memory of a trained tensor that is none any more."""
     old = plan.old
     if old is None or old is plan.new:
         return
     if plan.old_blocks is None:  # a weight of the model
-        if plan.new is None and not migrated_away:
-            end(old, DESELECTED)
-        else:
-            old.__dict__.pop(NAME, None)
+        old.__dict__.pop(NAME, None)
         return
     plan.old_blocks.watched = False
     old.__dict__.pop("_fastgrad_blocks", None)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -37,6 +37,14 @@ DESELECTED = (
     "was re-selected without this optimizer: the tensor that it holds is no longer part of the "
     "model. Remedy: pass the optimizer to reselect(), or build a new one from "
     "partial.parameters()"
+)
+BEFORE = (
+    "was built on the model's parameters before make_partial, which froze them: it trains none of "
+    "the selected blocks. Remedy: build the optimizer after make_partial, on partial.parameters()"
+)
+NOT_TOLD = (
+    "holds weights that were re-selected without it. Remedy: pass the optimizer to reselect(), or "
+    "build a new one from partial.parameters()"
 )
 SUSPENDED = (
     "is trained by a partial model that is suspended; a step would change the weights that are "
@@ -79,15 +87,10 @@ def optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
     ]
 
 
-def supersede(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """Optimizers built on ``model`` before the selection would leave its blocks untrained."""
+def supersede(optimizers: Iterable[Optimizer], why: str) -> None:
+    """From now on these optimizers are told why they must not step."""
     for optimizer in optimizers:
-        optimizer.__dict__[SUPERSEDED] = (
-            f"this {type(optimizer).__name__} was built on the parameters of "
-            f"{type(model).__name__} before make_partial, which froze them: it trains none of the "
-            "selected blocks. Remedy: build the optimizer after make_partial, on "
-            "partial.parameters()"
-        )
+        optimizer.__dict__[SUPERSEDED] = f"this {type(optimizer).__name__} {why}"
 
 
 def restore(optimizers: Iterable[Optimizer]) -> None:

@@ -68,13 +68,21 @@ ADAM = {
 }
 
 
-@pytest.mark.parametrize("make", ADAM)
+MASTERS = (torch.bfloat16, torch.float32)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "master"),
-    [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, None)],
-    ids=["fp32", "bf16-masters", "bf16"],
+    ("make", "dtype", "master"),
+    [
+        ("sparse-adamw", torch.float32, None),
+        ("sparse-adamw", *MASTERS),
+        ("sparse-adamw", torch.bfloat16, None),
+        ("adamw", *MASTERS),
+        ("sgd", torch.float32, None),
+    ],
+    ids=["fp32", "bf16-masters", "bf16", "adamw-bf16-masters", "sgd-fp32"],
 )
-def test_five_steps_saved_and_five_resumed_are_ten_steps(tmp_path, dtype, master, make):
+def test_five_steps_saved_and_five_resumed_are_ten_steps(tmp_path, make, dtype, master):
     def begin():
         model = randomised(MODELS["llama-tied"]).to(dtype)
         partial = fg.make_partial(model, selection_of(model, "16x8"), master)
