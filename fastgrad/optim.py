@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastgrad.errors import NonFiniteGradientError
+from fastgrad.errors import NonFiniteGradientError, PartialError
 from fastgrad.optim_arguments import (
     MOMENTS,
     OptimizerError,
@@ -20,7 +20,7 @@ from fastgrad.optim_arguments import (
     pairs,
     refuse,
 )
-from fastgrad.sharded import agreed, local
+from fastgrad.sharded import agreed, is_sharded, local
 from fastgrad_kernels import ops
 from fastgrad_kernels.dispatch import capturing, keep, upload
 
@@ -351,7 +351,17 @@ class SparseAdamW(Optimizer):
         Nothing else changes, but a ``torch.distributed.checkpoint`` of a run that has re-selected
         can be loaded: it loads into tensors of the shapes that it saved, and a fresh optimizer
         counts by tensor. Makes the state of all parameters. Costs 4 bytes per block.
+
+        Raises:
+            PartialError: under ``fully_shard``, where re-selection is refused too.
         """
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if is_sharded(p):
+                    raise PartialError(
+                        f"{self._names(g)[i]} is sharded: a count of each block would not fit the "
+                        "blocks of one process. Remedy: count by tensor, as fully_shard does"
+                    )
         for group in self.param_groups:
             for p in group["params"]:
                 state = self._state(p)

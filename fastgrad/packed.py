@@ -257,7 +257,7 @@ class PartialModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made on the spot: pickle and deepcopy find it by the class underneath.
-        return _new_partial, (class_before(self),), self.__dict__
+        return _new_partial, (class_before(self),), self.__getstate__()
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)

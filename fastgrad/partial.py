@@ -448,7 +448,9 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def check_plain(model: nn.Module) -> None:
     """Raises PartialError if the model is partial already, or suspended."""
     for module in model.modules():
-        if isinstance(module, PartialModule):
+        marks = [p.__dict__ for p in module._parameters.values() if p is not None]
+        whole = any(NAME in m and ENDED not in m for m in marks)  # trained as they stand
+        if whole or isinstance(module, PartialModule):
             raise PartialError(
                 "this model is partial already. Remedy: call .remove() on that Partial first, or "
                 ".reselect() to train something else"
@@ -476,6 +478,11 @@ def check_fits(own: Mapping[str, nn.Parameter], selection: Selection) -> None:
             raise SelectionError(
                 f"{name} has shape {tuple(own[name].shape)}, expected by the selection: "
                 f"{tuple(selection.shapes[name])}"
+            )
+        if own[name].layout != torch.strided or sharded.is_wrapper(own[name]):
+            raise SelectionError(
+                f"{name} is a {type(own[name].data).__name__} of layout {own[name].layout}, which "
+                "cannot be trained in blocks; exclude it from the selection"
             )
         if not own[name].is_floating_point():
             raise SelectionError(

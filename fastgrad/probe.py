@@ -174,8 +174,8 @@ class Probe:
         reshard(model)
         if any(name.endswith(PACKED_SUFFIX) for name, _ in model.named_parameters()):
             raise ProbeError(
-                "this model is partial: its packed blocks are not probed. Remedy: call "
-                ".remove() on the Partial, or probe before make_partial"
+                "this model is partial: its packed blocks are not probed. Remedy: probe inside "
+                "'with partial.suspended():', before make_partial or after .remove()"
             )
         if loss_reduction not in ("token_mean", "row_mean", "sum"):
             raise ProbeError(

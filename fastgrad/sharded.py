@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastgrad.blocks import BlockGrid
 from fastgrad.errors import PartialError
@@ -35,6 +36,13 @@ _PLAIN = (Tensor, nn.Parameter)  # asked for every parameter of every step
 def is_sharded(tensor: Any) -> bool:
     """A distributed tensor, of which this process holds a part."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """A tensor subclass that keeps its numbers in tensors of another form (quantised weights);
+    shards are none."""
+    data = tensor.data
+    return is_traceable_wrapper_subclass(data) and not is_sharded(data)
 
 
 def local(tensor: Any) -> Tensor:
