@@ -138,3 +138,29 @@ def test_an_empty_tensor_is_counted_and_left_alone():
     row = [torch.empty(0, 4, 4) for _ in range(4)] + [torch.zeros(())]
     step(row)
     assert int(row[4]) == 1
+
+
+def test_block_numbers_that_change_in_place_are_read_anew():
+    """Where they lie is kept with them."""
+    full, ids = torch.zeros(8, 8), torch.tensor([0, 3])
+    for new in (None, torch.tensor([1, 2])):
+        if new is not None:
+            ids.copy_(new)
+        p = torch.randn(2, 4, 4)
+        row = [p, torch.randn_like(p), torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())]
+        want = full.clone()
+        step(row, [full], [ids])
+        scatter_blocks_(want, ids, row[0], 4, 4)
+        assert torch.equal(full, want)
+    other = torch.zeros(16, 4)  # the same numbers in a matrix of another shape
+    step(row, [other], [ids])
+    assert torch.equal(gather_blocks(other, ids, 4, 4), row[0])
+
+
+def test_moments_of_other_strides_than_the_parameter():
+    torch.manual_seed(4)
+    p, g, m = torch.randn(6, 10), torch.randn(6, 10), torch.randn(6, 10)
+    want, *_ = reference.adamw(p, g, m, m.square(), 1, lr=RATE, **HYPER)
+    v = m.square().t().contiguous().t()
+    step([p, g, m, v, torch.zeros(())])
+    torch.testing.assert_close(p.double(), want, rtol=2e-6, atol=2e-7)

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrad_kernels.layout import write_blocks_
@@ -22,8 +24,6 @@ PIECE = 1 << 18
 # fused update. Where runs have fewer elements than this on average (one costs about 3 µs, as much
 # as 8000 elements), blocks are sorted by count first, which costs two copies.
 RUN = 8192
-# Rows of a block shorter than this many bytes are left to the general way.
-WIDE = 64
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -74,41 +74,73 @@ def adamw_(
     # PyTorch's kernel reads float32 on a GPU
     hyper = _Hyper(lr.float() if lr.is_cuda else lr, beta1, beta2, eps, weight_decay, maximize)
     torch._foreach_add_(list(steps), 1.0)
-    waiting: list[_Piece] = []
-    elements = 0
+    queue = _Queue(hyper, grad_scale)
     finish: list[Callable[[], object]] = []
-    for i, row in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
-        p, counts = row[0].detach(), row[4].reshape(-1)
+    for i, (p, g, m, v, step) in enumerate(
+        zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    ):
         if p.numel() == 0:
             continue
-        full, write = fulls[i] if fulls else p.new_empty(0), None
-        flat, back = _flat(p, *row[1:4], in_order=full.numel() > 0 or counts.numel() > 1)
+        full = fulls[i] if fulls and fulls[i].numel() else None
+        write = None if full is None else _writer(full, ids[i], p)
+        small = p.numel() <= PIECE and (write is not None or full is None)
+        if (
+            (full is None or small)
+            and step.numel() == 1
+            and grad_scale is None
+            and _plain(p, g, m, v)
+        ):
+            queue.add(_Piece(p, g, m, v, step, None, write, slice(0, p.numel())))
+            continue
+        flat, back = _flat(p, g, m, v, in_order=full is not None or step.numel() > 1)
         finish += [partial(target.copy_, result) for target, result in back]
-        if full.numel() and ids[i].numel():
-            write = _rows_writer(full.detach(), ids[i], p)
-            if write is None:
-                finish.append(partial(write_blocks_, full, ids[i], p, p.shape[1], p.shape[2]))
-        elif full.numel() and full.is_contiguous() and not back:
-            write = _stretch_writer(full.detach(), flat[0])
-        elif full.numel():
-            finish.append(partial(full.copy_, p.reshape(full.shape)))
+        if full is not None and (back or write is None):
+            write = None
+            finish.append(partial(_write_all, full, ids[i], p))
+        counts = step.reshape(-1)
         dice = None
         if seed is not None and p.dtype == torch.bfloat16:
             dice = _generator(p.device, (int(seed), int(counts[0]), i))
         unit = p[0].numel() if p.ndim == 3 or counts.numel() > 1 else 1
-        once = write is None and grad_scale is None and p.dtype == row[1].dtype == row[2].dtype
+        once = write is None and grad_scale is None and p.dtype == g.dtype == m.dtype
         piece = p.numel() if once else PIECE
         for start, stop, count in _stretches(p.numel(), unit, counts, piece):
             where = slice(start, stop)
             fp, fg, fm, fv = (t[where] for t in flat)
-            waiting.append(_Piece(fp, fg, fm, fv, count, dice, write, where))
-            elements += stop - start
-            if elements >= PIECE:
-                _advance(waiting, hyper, grad_scale)
-                waiting, elements = [], 0
-    _advance(waiting, hyper, grad_scale)
+            queue.add(_Piece(fp, fg, fm, fv, count, dice, write, where))
+    queue.flush()
     for call in finish:
         call()
+
+
+class _Queue:
+    """Small tensors share a call of the fused update, of about :data:`PIECE` elements."""
+
+    def __init__(self, hyper: _Hyper, grad_scale: Tensor | None) -> None:
+        self.hyper, self.grad_scale = hyper, grad_scale
+        self.pieces: list[_Piece] = []
+        self.elements = 0
+
+    def add(self, piece: _Piece) -> None:
+        self.pieces.append(piece)
+        self.elements += piece.where.stop - piece.where.start
+        if self.elements >= PIECE:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.pieces:
+            _advance(self.pieces, self.hyper, self.grad_scale)
+        self.pieces, self.elements = [], 0
+
+
+def _plain(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> bool:
+    """The fused update, which walks through all four alike, can take them as they are."""
+    strides, dtype = p.stride(), p.dtype
+    return (
+        dtype == g.dtype == m.dtype == v.dtype
+        and strides == g.stride() == m.stride() == v.stride()
+        and _dense(p)
+    )
 
 
 def _flat(
@@ -120,17 +152,20 @@ def _flat(
         g = torch.empty_like(p, dtype=g.dtype).copy_(g)
     rows = [p, g, m, v]
     if all(t.is_contiguous() for t in rows):
-        return [t.detach().view(-1) for t in rows], []
+        return [t.view(-1) for t in rows], []
     alike = not in_order and all(t.stride() == p.stride() and _dense(t) for t in rows)
     if not alike:
         rows = [t.contiguous() for t in rows]
     back = [(a, b) for a, b in zip((p, m, v), (rows[0], *rows[2:]), strict=True) if a is not b]
-    return [t.detach().as_strided((t.numel(),), (1,), t.storage_offset()) for t in rows], back
+    return [t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in rows], back
 
 
 def _dense(tensor: Tensor) -> bool:
     """Its elements fill one stretch of memory, each place once; others are not copied so."""
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return (
+        tensor.is_contiguous()
+        or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    )
 
 
 def _stretches(n: int, unit: int, counts: Tensor, piece: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -164,7 +199,7 @@ def _advance(pieces: Sequence[_Piece], hyper: _Hyper, grad_scale: Tensor | None)
     rows: list[tuple[Tensor, ...]] = []
     sorted_: list[tuple[Tensor, Tensor, Tensor]] = []  # target, sorted copy, the way back
     for x, w, grad in zip(pieces, work, grads, strict=True):
-        if x.step.ndim == 0:
+        if x.step.numel() == 1:
             rows.append((w, grad, x.exp_avg, x.exp_avg_sq, x.step))
             continue
         order = x.step.argsort(stable=True)
@@ -203,46 +238,69 @@ def _advance(pieces: Sequence[_Piece], hyper: _Hyper, grad_scale: Tensor | None)
             x.write(x.where)
 
 
-def _rows_writer(full: Tensor, ids: Tensor, packed: Tensor) -> Callable[[slice], None] | None:
-    """Writes stretches of packed blocks ``[n, h, w]`` into a matrix; None where it cannot.
+def _writer(full: Tensor, ids: Tensor, packed: Tensor) -> Callable[[slice], None] | None:
+    """Writes flat stretches of a packed tensor through to its weight; None where memory is laid
+    out so that only all of it can be written at once."""
+    if full.device.type != "cpu" or not packed.is_contiguous():
+        return None
+    if ids.numel():
+        return _blocks_writer(full, ids, packed)
+    if not full.is_contiguous():
+        return None
+    to, source = full.view(-1), packed.view(-1)
 
-    Blocks of the same width that fill the columns are rows of a matrix ``[rows · cols / w, w]``.
-    NumPy copies such rows as bytes; PyTorch's ``index_put_`` and ``index_copy_`` go element by
-    element, which takes two to seven times as long.
+    def write(where: slice) -> None:
+        to[where].copy_(source[where])
+
+    return write
+
+
+def _write_all(full: Tensor, ids: Tensor, packed: Tensor) -> None:
+    if ids.numel():
+        write_blocks_(full, ids, packed, packed.shape[1], packed.shape[2])
+    else:
+        full.copy_(packed.reshape(full.shape))
+
+
+def _blocks_writer(full: Tensor, ids: Tensor, packed: Tensor) -> Callable[[slice], None]:
+    """Writes stretches of packed blocks ``[n, h, w]`` into a matrix.
+
+    NumPy copies the rows of a block as bytes; PyTorch's ``index_put_`` and ``index_copy_`` go
+    element by element, which takes up to seven times as long.
     """
     _, h, w = packed.shape
+    down, across = full.shape[0] // h, full.shape[1] // w  # whole blocks
     bits = _BITS[full.element_size()]
-    if not (
-        full.is_contiguous()
-        and full.shape[1] % w == 0
-        and w * full.element_size() >= WIDE
-        and full.device.type == packed.device.type == "cpu"
-    ):
-        return None
-    across = full.shape[1] // w
-    numbers = (ids // across * (h * across) + ids % across)[:, None] + torch.arange(h) * across
-    target, n = full.view(bits).view(-1, w).numpy(), full.numel() // w
-    rows, source = numbers.view(-1).numpy(), packed.reshape(-1)
+    view = full[: down * h, : across * w].unflatten(1, (-1, w)).unflatten(0, (-1, h))
+    target = view.permute(0, 2, 1, 3).view(bits).numpy()
+    rows, columns, cut_off = _places(ids, full.shape, h, w)
 
     def write(where: slice) -> None:
-        new = source[where].to(full.dtype).view(bits).view(-1, w).numpy()
-        to = rows[where.start // w : where.stop // w]
-        if to.max() >= n:  # blocks of the last row reach beyond the matrix
-            inside = to < n
-            new, to = new[inside], to[inside]
-        target[to] = new
+        part = slice(where.start // (h * w), where.stop // (h * w))
+        new, to = packed[part].to(full.dtype), (rows[part], columns[part])
+        if cut_off is not None:
+            cut, whole = cut_off[part], ~cut_off[part]
+            write_blocks_(full, ids[part][cut], new[cut], h, w)
+            new, to = new[whole], (to[0][whole.numpy()], to[1][whole.numpy()])
+        target[to] = new.view(bits).numpy()
 
     return write
 
 
-def _stretch_writer(full: Tensor, packed: Tensor) -> Callable[[slice], None]:
-    """Writes stretches of a whole weight, flat in the same order."""
-    flat = full.view(-1)
-
-    def write(where: slice) -> None:
-        flat[where].copy_(packed[where])
-
-    return write
+def _places(
+    ids: Tensor, shape: Sequence[int], h: int, w: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor | None]:
+    """Row and column of each block in the grid, ``[n]``, and which ones an edge cuts off, if any.
+    They are kept with the block numbers, which stay the same for a training run."""
+    key = (*shape, h, w, ids.data_ptr(), 0 if ids.is_inference() else ids._version)
+    kept = getattr(ids, "_fastgrad_places", None)
+    if kept is None or kept[0] != key or ids.is_inference():
+        grid = -(-shape[1] // w)
+        i, j = ids // grid, ids % grid
+        cut_off = (i >= shape[0] // h) | (j >= shape[1] // w)
+        found = i.numpy(), j.numpy(), cut_off if bool(cut_off.any()) else None
+        kept = ids._fastgrad_places = (key, found)  # type: ignore[attr-defined]
+    return kept[1]
 
 
 def _generator(device: torch.device, key: tuple[int, int, int]) -> torch.Generator:

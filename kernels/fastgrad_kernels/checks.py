@@ -143,37 +143,44 @@ def check_update(
         f"{len(fulls)} full weights and {len(ids)} lists of block numbers for {len(params)} "
         "parameters: none or one each is needed",
     )
+    # A step makes these checks for each of its tensors: words are found for those that fail only.
     for i, (p, g, m, v, s) in enumerate(
         zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
     ):
-        check(
-            p.shape == g.shape == m.shape == v.shape,
-            f"shapes differ: parameter {tuple(p.shape)}, gradient {tuple(g.shape)}, moments "
-            f"{tuple(m.shape)} and {tuple(v.shape)}",
-        )
-        for name, t in (("gradient", g), ("first moment", m), ("second moment", v)):
-            check(t.device == p.device, f"parameter {i} is on {p.device}, its {name} on {t.device}")
-        check(
-            s.numel() == 1 or (p.ndim > 0 and s.shape == p.shape[:1]),
-            f"parameter {i} of shape {tuple(p.shape)} has {s.numel()} step counts: one, or one "
-            "per block, is needed",
-        )
+        shape, device = p.shape, p.device
+        if not (shape == g.shape == m.shape == v.shape):
+            check(
+                False,
+                f"shapes differ: parameter {tuple(shape)}, gradient {tuple(g.shape)}, moments "
+                f"{tuple(m.shape)} and {tuple(v.shape)}",
+            )
+        if not (g.device == m.device == v.device == device):
+            for name, t in (("gradient", g), ("first moment", m), ("second moment", v)):
+                check(t.device == device, f"parameter {i} is on {device}, its {name} on {t.device}")
+        if not (s.numel() == 1 or (p.ndim > 0 and s.shape == shape[:1])):
+            check(
+                False,
+                f"parameter {i} of shape {tuple(shape)} has {s.numel()} step counts: one, or one "
+                "per block, is needed",
+            )
     for i, (p, full, blocks) in enumerate(zip(params, fulls, ids, strict=False)):
         if full.numel() == 0:
             continue
         if blocks.numel() == 0:
-            check(
-                full.numel() == p.numel(),
-                f"parameter {i} of {p.numel()} elements is written through to a weight of "
-                f"{full.numel()}",
-            )
+            if full.numel() != p.numel():
+                check(
+                    False,
+                    f"parameter {i} of {p.numel()} elements is written through to a weight of "
+                    f"{full.numel()}",
+                )
             continue
-        check(
-            p.ndim == 3 and full.ndim == 2 and blocks.shape == p.shape[:1],
-            f"parameter {i} of shape {tuple(p.shape)} with {blocks.numel()} block numbers and a "
-            f"full weight of shape {tuple(full.shape)}: packed blocks [n, rows, cols], [n] and a "
-            "matrix are needed",
-        )
+        if not (p.ndim == 3 and full.ndim == 2 and blocks.shape == p.shape[:1]):
+            check(
+                False,
+                f"parameter {i} of shape {tuple(p.shape)} with {blocks.numel()} block numbers and "
+                f"a full weight of shape {tuple(full.shape)}: packed blocks [n, rows, cols], [n] "
+                "and a matrix are needed",
+            )
         check_blocks(blocks, full.shape[0], full.shape[1], p.shape[1], p.shape[2])
 
 
