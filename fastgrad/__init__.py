@@ -18,6 +18,7 @@ _PUBLIC = {
     "Coverage": "stats",
     "FlopPlanner": "flops",
     "GradientStats": "stats",
+    "MemoryPlanner": "planner",
     "Meter": "meter",
     "Partial": "partial",
     "Probe": "probe",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from fastgrad.partial import Partial as Partial
     from fastgrad.partial import make_partial as make_partial
     from fastgrad.partial_state import load_partial as load_partial
+    from fastgrad.planner import MemoryPlanner as MemoryPlanner
     from fastgrad.planner import plan_memory as plan_memory
     from fastgrad.probe import Probe as Probe
     from fastgrad.reselection_schedule import Reselection as Reselection

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -41,6 +42,37 @@ class _FakeMode(FakeTensorMode):
         if func is torch.ops.aten.alias.default and type(out) is FakeTensor:
             out.__class__ = _FakeReading
         return out
+
+
+MANY_BLOCKS = 4096
+
+
+def simpler(selection: Selection, model: nn.Module) -> Selection:
+    """A selection of as many elements that a CPU takes in fewer operations: whole rows in place of
+    tiles, where linear layers alone read the weight. On a CPU each tile is a product of its own.
+
+    A selection of up to :data:`MANY_BLOCKS` blocks is returned as it is. The memory is the same
+    but for the float32 copy of one layer's input or output, which tiles of bfloat16 weights need
+    whole and rows in part.
+    """
+    if selection.n_blocks <= MANY_BLOCKS:
+        return selection
+    readers: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                readers.setdefault(id(p), []).append(module)
+    blocks: Any = dict(selection.blocks)
+    specs = dict(selection.specs)
+    for name, p in model_parameters(model).items():
+        grid = selection.grid(name)
+        if name not in blocks or selection.is_whole(name) or grid.grid_cols == 1:
+            continue
+        if all(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in readers[id(p)]):
+            elements = len(blocks[name]) * grid.block_rows * grid.block_cols
+            rows = min(-(-elements // grid.cols), grid.rows)
+            blocks[name], specs[name] = np.arange(rows), "row"
+    return Selection(selection.shapes, selection.spec, blocks, specs=specs)
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:

@@ -12,8 +12,9 @@ two operations per multiply-add, so that a plan equals what it finds in the real
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -200,9 +201,11 @@ class FlopPlanner:
             return self._run_whole(selection, activations)
         if partly:
             costs = self._blocks_of(selection)
-            if not costs.linear >= set(partly):
-                return self._run_whole(selection, activations)
-            weights += sum(costs.dense[n] + costs.one[n] * count for n, count in partly.items())
+            for name, count in partly.items():
+                cost = costs.of(name, count, selection.n_selected(name))
+                if cost is None:
+                    return self._run_whole(selection, activations)
+                weights += cost
         return activations, weights
 
     def _blocks_of(self, selection: Selection) -> _BlockCosts:
@@ -210,20 +213,16 @@ class FlopPlanner:
         so that the next selections find theirs: from passes with one block each and with three."""
         key = (selection.spec, tuple(sorted(selection.specs.items())))
         if key not in self._by_block:
-            grids = {n: selection.grid(n).n_blocks for n in self._whole.names}
-            one = {n: [0] for n, count in grids.items() if count > 1}
-            # Two of one stripe and one far away, as far as there are so many and not all.
-            more = {n: sorted({0, 1, grids[n] - 1})[: grids[n] - 1] for n in one if grids[n] > 2}
-            first = self._products(selection, one)
-            second = self._products(selection, more) if more else ({}, {})
-            linear: set[str] = set()
+            sizes = {n: selection.grid(n).sizes() for n in self._whole.names}
+            one = {n: [0] for n, size in sizes.items() if len(size) > 1}
+            more = {n: _others(len(sizes[n])) for n in one}
+            first, second = self._products(selection, one), self._products(selection, more)
+            found = _BlockCosts()
             if first is not None and second is not None:
-                linear = {n for n in one if n not in more} | {
-                    n
-                    for n, ids in more.items()
-                    if second[0][n] == len(ids) * first[0][n] and second[1][n] == first[1][n]
-                }
-            self._by_block[key] = _BlockCosts(*(first or ({}, {})), linear)
+                for n, ids in more.items():
+                    found.learn(n, first[1][n], first[0][n], int(sizes[n][0]), 1)
+                    found.check(n, second[1][n], second[0][n], int(sizes[n][ids].sum()), len(ids))
+            self._by_block[key] = found
         return self._by_block[key]
 
     def _products(
@@ -259,28 +258,56 @@ class FlopPlanner:
         return activations, backward - activations
 
 
-@dataclass(frozen=True)
+def _others(count: int) -> list[int]:
+    """Blocks to compare the first with, not all: two of one stripe if there are so many, and the
+    last one, which is smaller if any is."""
+    return [1] if count == 2 else [0, 2] if count == 3 else [0, 1, count - 1]
+
+
 class _BlockCosts:
-    """Operations of the weight gradients of selected blocks, by parameter.
+    """Operations of the weight gradients of selected blocks, by parameter: so many whatever is
+    selected, and so many per element or per block, padding included."""
 
-    Attributes:
-        one: of one block, in products of selected blocks alone.
-        dense: in other products, whatever is selected.
-        linear: the parameters for which these two say what any number of blocks costs.
-    """
+    def __init__(self) -> None:
+        self._dense: dict[str, int] = {}
+        self._per_element: dict[str, Fraction] = {}
+        self._per_block: dict[str, int] = {}
 
-    one: dict[str, int]
-    dense: dict[str, int]
-    linear: set[str]
+    def learn(self, name: str, dense: int, sparse: int, elements: int, blocks: int) -> None:
+        """Suppose both ways of counting."""
+        self._dense[name] = dense
+        self._per_element[name] = Fraction(sparse, elements)
+        self._per_block[name] = sparse // blocks
+
+    def check(self, name: str, dense: int, sparse: int, elements: int, blocks: int) -> None:
+        """Give up what does not agree with another measurement."""
+        if dense != self._dense[name] or self._per_element[name] * elements != sparse:
+            del self._per_element[name]
+        if dense != self._dense[name] or self._per_block[name] * blocks != sparse:
+            del self._per_block[name]
+
+    def of(self, name: str, blocks: int, elements: int) -> int | None:
+        """Of so many blocks with so many elements; None if that does not follow."""
+        if name in self._per_element:
+            return self._dense[name] + int(self._per_element[name] * elements)
+        if name in self._per_block:
+            return self._dense[name] + self._per_block[name] * blocks
+        return None
 
 
 class _Count(TorchDispatchMode):
-    """Operations, by the node of the backward pass that they belong to and by whose they are."""
+    """Operations, by the node of the backward pass that they belong to.
 
-    def __init__(self) -> None:
+    Args:
+        weights: the model's parameters. A product that takes none of them is part of the gradient
+            of a weight, if it is in a node that gives one.
+    """
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._weights = {p.untyped_storage()._cdata for p in weights}
         self.of_node: Counter[Any] = Counter()
-        self.of_blocks: Counter[Any] = Counter()  # in products of selected blocks alone
+        self.without_weights: Counter[Any] = Counter()
         self.total = 0
         self.uncounted: set[str] = set()
 
@@ -293,8 +320,10 @@ class _Count(TorchDispatchMode):
             node = torch._C._current_autograd_node()
             self.total += count
             self.of_node[node] += count
-            if func.namespace == "fastgrad":
-                self.of_blocks[node] += count
+            if not any(
+                isinstance(a, Tensor) and a.untyped_storage()._cdata in self._weights for a in args
+            ):
+                self.without_weights[node] += count
         elif (name := packet.__name__) in _UNCOUNTED:
             self.uncounted.add(_UNCOUNTED[name])
         return out
@@ -310,7 +339,9 @@ class _Graph:
 
     def __init__(self, run: DryRun, selection: Selection | None) -> None:
         self._run = run
-        trained = {id(p): name for name, p in run.select(selection).named_parameters()}
+        partial = run.select(selection)
+        trained = {id(p): name for name, p in partial.named_parameters()}
+        self._packed = {blocks.name for blocks in partial.packed}
         with run.active(), _Count() as forward:
             loss = run.loss()
         if not loss.requires_grad:
@@ -318,11 +349,12 @@ class _Graph:
                 f"the loss of {type(run.model).__name__} depends on no trained weight"
             )
         self._walk(loss, trained)
-        with run.active(), _Count() as backward, run.explained("backward pass"):
+        full = model_parameters(run.model).values()
+        with run.active(), _Count(full) as backward, run.explained("backward pass"):
             loss.backward(retain_graph=True)
         self.names = set(trained.values())
         self.forward, self.backward = forward.total, backward.total
-        self._of_node, self._of_blocks = backward.of_node, backward.of_blocks
+        self._of_node, self._without_weights = backward.of_node, backward.without_weights
         self._costs: dict[tuple[Any, tuple[int, ...]], int] = {}
         left_out = sorted(forward.uncounted | backward.uncounted)
         self.notes = (
@@ -408,8 +440,8 @@ class _Graph:
         return self._costs[node, edges]
 
     def by_parameter(self) -> tuple[dict[str, int], dict[str, int]] | None:
-        """Operations for the gradient of each parameter: in products of selected blocks alone,
-        and in others. None where one function has such products for several parameters."""
+        """Operations for the gradient of each parameter: in functions that form selected blocks
+        alone, and in others. None where one function does so for several parameters."""
         sparse, dense = dict.fromkeys(self.names, 0), dict.fromkeys(self.names, 0)
         for node, count in self._of_node.items():
             owners = {
@@ -417,10 +449,13 @@ class _Graph:
                 for i, (n, _) in enumerate(node.next_functions)
                 if (name := self._weight_of(n)) is not None
             }
-            if self._of_blocks[node]:
-                if len(set(owners.values())) != 1:
+            if owners and isinstance(node, torch.autograd.function.BackwardCFunction):
+                packed = {
+                    owners[i] for i in owners if node.next_functions[i][0] in self._leaf
+                } & self._packed
+                if len(packed) != 1:
                     return None
-                sparse[next(iter(owners.values()))] += self._of_blocks[node]
+                sparse[packed.pop()] += self._without_weights[node]
             elif count:
                 for i, name in owners.items():
                     dense[name] += self._cost(node, (i,))

@@ -60,7 +60,7 @@ def test_the_plan_is_what_pytorch_counts(architecture):
     assert full.total == full.full_total
     assert full.total - full.terms["optimizer"] == counted(randomised(make), None)
     names = [name for name, _ in model.named_parameters()]
-    for spec in ("module", "row", "8x8"):
+    for spec in ("module", "row", "16x16"):
         for seed in range(2):
             some = sorted(random.Random(seed).sample(names, 5), key=names.index)
             selection = selection_of(model, spec, names=names if seed == 0 else some)
@@ -69,6 +69,14 @@ def test_the_plan_is_what_pytorch_counts(architecture):
             assert plan.terms["optimizer"] == int(ADAMW_FLOPS_PER_PARAM * selection.n_parameters)
             assert plan.full_terms == full.terms
     assert len(planner._measured) == 0  # all of it followed from a few runs
+
+
+@pytest.mark.parametrize("spec", ["5x5", "column", "24x20", "40x*"])
+def test_blocks_at_the_edge_and_small_ones(spec):
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+    selection = selection_of(randomised(llama), spec, share=0.4, names=names)
+    plan = fg.plan_flops(randomised(llama), selection, batch_shape=SHAPE)
+    assert plan.total - plan.terms["optimizer"] == counted(randomised(llama), selection)
 
 
 def test_a_plan_needs_no_data_and_leaves_the_model_alone():

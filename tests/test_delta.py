@@ -1,4 +1,4 @@
-"""Delta round trips, the planner against reality, the meter's arithmetic."""
+"""Delta files: round trips bit for bit, refusals, nothing lost when a write fails."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import pytest
 import torch
 
 import fastgrad as fg
-from fastgrad.errors import DeltaError, ResourceError
-from fastgrad.meter import Meter
+from fastgrad.errors import DeltaError
 from fastgrad.partial import make_partial
-from fastgrad.planner import plan_memory
 from tests.models import MODELS, batch_of, randomised
 from tests.test_partial import selection_of
 
@@ -143,103 +141,3 @@ def test_a_failed_save_leaves_the_old_delta(tmp_path, monkeypatch):
         fg.save_delta(partial, path)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["d.safetensors"]
-
-
-@pytest.mark.parametrize("spec", ["module", "row", "7x9"])
-@pytest.mark.parametrize(
-    ("dtype", "master"),
-    [
-        (torch.float32, None),
-        (torch.bfloat16, torch.float32),
-        (torch.bfloat16, None),
-    ],
-)
-@pytest.mark.parametrize("architecture", ["llama-tied", "bert"])
-def test_planned_bytes_are_the_allocated_bytes(architecture, spec, dtype, master):
-    model = randomised(MODELS[architecture]).to(dtype)
-    selection = selection_of(model, spec)
-    plan = plan_memory(model, selection, master_dtype=master)
-
-    def size(tensors):
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    assert plan.terms["weights"] == size(model.parameters())
-    partial = make_partial(model, selection, master_dtype=master)
-    optimizer = fg.SparseAdamW(partial.parameters())
-    for p in partial.parameters():  # every trained tensor has a gradient, also an unused one
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    ids = [b.ids for b in partial.packed if not b.whole]
-    assert plan.terms["packed"] == size([b.packed for b in partial.packed]) + size(ids)
-    assert plan.terms["gradients"] == size(p.grad for p in partial.parameters())
-    assert plan.terms["optimizer"] == optimizer.state_bytes()
-    assert plan.total == sum(plan.terms.values())
-    assert plan.n_trained == partial.n_parameters
-
-
-def test_planned_activations_are_the_saved_ones():
-    model = randomised(MODELS["bert"])
-    saved = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = (storage.nbytes(), storage)
-        return t
-
-    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    ids = batch_of(4, 16)["input_ids"]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(input_ids=ids, labels=ids)
-    measured = sum(size for size, _ in saved.values())
-    planned = plan_memory(model, batch_shape=(4, 16)).terms["activations"]
-    assert abs(planned - measured) <= 0.05 * measured
-
-
-def test_planner_errors_and_frozen_saving():
-    with torch.device("meta"):
-        model = MODELS["llama"]()
-    with pytest.raises(ResourceError, match="unknown optimizer"):
-        plan_memory(model, optimizer="adamv")
-    n = sum(p.numel() for p in model.parameters())
-    plan = plan_memory(model, selection_of(model, "module", names=["lm_head.weight"]))
-    frozen = n - model.lm_head.weight.numel()
-    assert plan.full_terms["optimizer"] - plan.terms["optimizer"] == 8 * frozen + 4 * (
-        len(list(model.parameters())) - 1
-    )
-    assert "saved" in plan.table()
-    with pytest.raises(ResourceError, match="cannot be planned"):
-        plan_memory(torch.nn.Linear(2, 2), batch_shape=(1, 2))
-
-
-def test_meter_ratio_and_stopping(tmp_path):
-    meter = Meter(eta=0.5, resource="flops", patience=2, window=1)
-    a = torch.randn(4, 4)
-    for psi in (0.0, 256.0, 300.0, 310.0):
-        with meter.step():
-            a @ a
-        meter.check(psi)
-    flops = 2 * 4**3
-    assert meter.spent["flops"] == 4 * flops
-    ratios = [c.gain_per["flops"] for c in meter.checks]
-    assert ratios == [None, 256 / flops, 44 / flops, 10 / flops]
-    assert meter.should_stop
-    meter.save(tmp_path / "m.json")
-    again = Meter.load(tmp_path / "m.json")
-    assert again.checks == meter.checks
-    assert again.should_stop
-    with meter.step():
-        a @ a
-    meter.check(1000.0)
-    assert not meter.should_stop
-    assert "not measured" in meter.modes["joules"] or "RAPL" in meter.modes["joules"]
-
-
-def test_meter_refuses_nonsense(tmp_path):
-    with pytest.raises(ResourceError, match="finite"):
-        Meter().check(float("nan"))
-    with pytest.raises(ResourceError, match="not measured"):
-        Meter(resource="flops", flops="off")
-    (tmp_path / "m.json").write_text(json.dumps({"format": "x"}))
-    with pytest.raises(ResourceError):
-        Meter.load(tmp_path / "m.json")
