@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# Test processes side by side; each computes on one thread and takes about 1.3 GB.
+JOBS ?= 2
 
 .PHONY: quickstart test test-slow check format install clean
 
@@ -15,10 +17,10 @@ quickstart: $(VENV)/.user
 	$(BIN)/fastgrad quickstart $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
