@@ -35,10 +35,12 @@ _PUBLIC = {
     "load_delta": "delta",
     "load_partial": "partial_state",
     "make_partial": "partial",
+    "merge_delta": "delta_merge",
     "plan_flops": "flops",
     "plan_memory": "planner",
     "save_delta": "delta",
     "select": "choosing",
+    "stack_deltas": "delta_stack",
     "step_in_backward": "in_backward",
     "weights_hash": "identity",
 }
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from fastgrad.choosing import select as select
     from fastgrad.delta import load_delta as load_delta
     from fastgrad.delta import save_delta as save_delta
+    from fastgrad.delta_merge import merge_delta as merge_delta
+    from fastgrad.delta_stack import stack_deltas as stack_deltas
     from fastgrad.directions import adam_preconditioned as adam_preconditioned
     from fastgrad.directions import gradient_direction as gradient_direction
     from fastgrad.distributed import gather as gather

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fastgrad
+from fastgrad.cli_delta import delta_app
 from fastgrad.cli_values import (
     DTYPES,
     batch_shape_of,
@@ -44,6 +45,7 @@ blueprint_app = typer.Typer(
     help="Make, show and check gradient_blueprint.json.", no_args_is_help=True
 )
 app.add_typer(blueprint_app, name="blueprint")
+app.add_typer(delta_app, name="delta")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 BlueprintPath = Annotated[
@@ -333,8 +335,11 @@ def plan(
         str, typer.Option(help="adamw, torch-adamw, sgd-momentum or sgd.")
     ] = "adamw",
     batch: Annotated[
-        str | None, typer.Option(help="Rows x tokens, such as 8x2048, to count activations.")
+        str | None, typer.Option(help="Rows x tokens, such as 8x2048, for a step's peak.")
     ] = None,
+    flops: Annotated[
+        bool, typer.Option("--flops", help="Plan operations too; needs --batch.")
+    ] = False,
     master: Annotated[
         str | None, typer.Option(help=f"dtype of master copies: {', '.join(DTYPES)}.")
     ] = None,
@@ -343,7 +348,7 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Plan the memory of a training step from a model's config alone.
+    """Plan the memory of a training step, and its operations, from a model's config alone.
 
     Nothing is allocated and no weights are read: config.json is enough.
 
@@ -355,14 +360,19 @@ def plan(
     chosen = None if selection is None else Selection.load(selection)
     if chosen is not None:
         chosen.check_model(net, allow_other_weights=True)  # a meta model has no weights to compare
+    shape = batch_shape_of(batch)
+    if flops and shape is None:
+        raise typer.BadParameter("--flops is for one step: it needs --batch, such as 8x2048")
     found = fastgrad.plan_memory(
-        net, chosen, optimizer=optimizer, batch_shape=batch_shape_of(batch),
-        master_dtype=dtype_of(master),
-    )  # fmt: skip
+        net, chosen, optimizer=optimizer, batch_shape=shape, master_dtype=dtype_of(master)
+    )
+    cost = None
+    if flops and shape is not None:
+        cost = fastgrad.plan_flops(net, chosen, batch_shape=shape, optimizer=optimizer)
     if as_json:
-        _print_json(found.to_dict())
+        _print_json(found.to_dict() | ({} if cost is None else {"flops": cost.to_dict()}))
     else:
-        _print(found.table())
+        _print(found.table() + ("" if cost is None else f"\n\n{cost.table()}"))
 
 
 # -- probe, quickstart ---------------------------------------------------------------------------

@@ -51,10 +51,10 @@ RANKS: list[set[str]] = [
     {"flops", "planner"},
     {"budgets"},
     {"choosing"},
-    {"delta", "plots", "reselection_schedule"},
+    {"delta_files", "delta", "delta_stack", "delta_merge", "plots", "reselection_schedule"},
     {"integrations"},
     {"quickstart"},
-    {"cli", "cli_values"},
+    {"cli", "cli_delta", "cli_values"},
 ]
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}
 

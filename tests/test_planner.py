@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -260,6 +261,41 @@ def test_a_step_of_seven_billion_weights_is_planned_in_seconds():
     plan = plan_memory(model, selection, master_dtype=FP32, batch_shape=(1, 2048))
     assert plan.full_terms["activations"] > plan.terms["activations"] > 2048 * 32000 * 4
     assert plan.saved > 12 * (plan.n_total - plan.n_trained)
+
+
+def test_the_command_plans_a_config_of_seven_billion_weights(tmp_path, capsys):
+    from fastgrad.cli import main
+
+    model = seven_billion()
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(tmp_path)
+    selection = fg.select(None, model, fraction=0.2, ranking="last", blocks="module")
+    selection.save(tmp_path / "selection.json")
+    with contextlib.suppress(SystemExit):
+        main(["plan", str(tmp_path), "--selection", str(tmp_path / "selection.json"),
+              "--master", "float32", "--json"])  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+    plan = plan_memory(model, selection, master_dtype=FP32)
+    for term in ("weights", "packed", "gradients", "optimizer"):
+        assert told["terms_bytes"][term] == plan.terms[term]
+        assert told["full_terms_bytes"][term] == plan.full_terms[term]
+    saved = {k: told["full_terms_bytes"][k] - n for k, n in told["terms_bytes"].items()}
+    frozen = told["n_total"] - told["n_trained"]
+    assert saved["packed"] + saved["optimizer"] == pytest.approx(12 * frozen, rel=1e-3)
+
+
+def test_the_command_plans_operations_too(tmp_path, capsys):
+    from fastgrad.cli import main
+
+    MODELS["llama"]().save_pretrained(tmp_path)
+    with contextlib.suppress(SystemExit):
+        main(["plan", str(tmp_path), "--batch", "2x8", "--flops"])
+    out = capsys.readouterr().out
+    assert "in backward" in out
+    assert "weight gradients" in out
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", str(tmp_path), "--flops"])
+    assert stop.value.code == 2
 
 
 def test_a_planner_runs_a_selection_once_and_leaves_the_model_alone(monkeypatch):
