@@ -13,6 +13,9 @@ from torch.testing._internal.common_optimizers import optim_db
 import fastgrad as fg
 from fastgrad.optim_arguments import OptimizerError
 
+# The import forbids all settings of backends; other tests of this process need them.
+torch.backends.__allow_nonbracketed_mutation_flag = True
+
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
 # Configurations for "cuda" are those for "cpu" and more: capturable, tensors as betas. They run on
 # a CPU too where the update is fused, and are compared there.
