@@ -51,7 +51,13 @@ def counted(model, selection):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("architecture", [*MODELS, "eager"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name in ("llama", "gpt2", "bert") else pytest.param(name, marks=pytest.mark.slow)
+        for name in [*MODELS, "eager"]
+    ],
+)
 def test_the_plan_is_what_pytorch_counts(architecture):
     make = MODELS.get(architecture, eager_llama)
     model = randomised(make)
@@ -71,7 +77,7 @@ def test_the_plan_is_what_pytorch_counts(architecture):
     assert len(planner._measured) == 0  # all of it followed from a few runs
 
 
-@pytest.mark.parametrize("spec", ["5x5", "column", "24x20", "40x*"])
+@pytest.mark.parametrize("spec", ["5x5", "24x20", "40x*"])
 def test_blocks_at_the_edge_and_small_ones(spec):
     names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"]
     selection = selection_of(randomised(llama), spec, share=0.4, names=names)

@@ -116,12 +116,29 @@ def upper(model):
     return names[len(names) // 3 :]
 
 
-CASES = [(FP32, None, spec) for spec in (None, "module", "row", "32x32")]
-CASES += [(BF16, FP32, spec) for spec in (None, "module", "row", "32x32")]
+# A few of each architecture always, all of them with the slow tests.
+QUICK = {
+    llama: {(FP32, None, None), (BF16, FP32, "32x32")},
+    bert: {(FP32, None, "row")},
+    gpt2: {(BF16, FP32, "module")},
+    mixtral: {(FP32, None, "32x32")},
+}
+CASES = [
+    pytest.param(
+        make,
+        dtype,
+        master,
+        spec,
+        id=f"{make.__name__}-{dtype}-{spec}",
+        marks=() if (dtype, master, spec) in quick else pytest.mark.slow,
+    )
+    for make, quick in QUICK.items()
+    for dtype, master in ((FP32, None), (BF16, FP32))
+    for spec in (None, "module", "row", "32x32")
+]
 
 
-@pytest.mark.parametrize(("dtype", "master", "spec"), CASES, ids=str)
-@pytest.mark.parametrize("make", [llama, bert, gpt2, mixtral])
+@pytest.mark.parametrize(("make", "dtype", "master", "spec"), CASES)
 def test_the_planned_peak_is_the_measured_one(make, dtype, master, spec):
     """Many tokens: the logits and their gradient decide."""
     torch.manual_seed(0)
