@@ -14,7 +14,7 @@ import fastgrad as fg
 from fastgrad.optim_arguments import OptimizerError
 
 # The import forbids all settings of backends; other tests of this process need them.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
 # Configurations for "cuda" are those for "cpu" and more: capturable, tensors as betas. They run on
