@@ -180,8 +180,63 @@ def gpu_gate() -> str:
     return "\n".join(lines)
 
 
+def _peers(name: str) -> list[str]:
+    """The report of bench/finetune_arms.py, paragraph by paragraph, its figure where pages of the
+    folder ``name`` find it."""
+    text = (RESULTS / "finetune_arms" / "results.md").read_text()
+    return text.replace("](", f"]({name}bench/results/finetune_arms/").strip().split("\n\n")
+
+
+def peers_in_short() -> str:
+    """The table, the aim and the origin."""
+    parts = _peers("")
+    table, origin = parts[0], parts[-1]
+    aim = next(part for part in parts if part.startswith("**Aim"))
+    figure = next(part for part in parts if part.startswith("!["))
+    return "\n\n".join([table, aim, figure, origin])
+
+
+def peers() -> str:
+    return "\n\n".join(_peers("../"))
+
+
+def optimizer_step() -> str:
+    """Each contender's step over the peer's."""
+    data = json.loads((RESULTS / "optim_step.json").read_text())
+    env, settings = data["environment"], data["settings"]
+    lines = [
+        "| step | trained | weights | time | quartiles | aim |",
+        "|:--|--:|:--|--:|:--|:--|",
+    ]
+    for dtype, rows in data["rows"].items():
+        for r in rows:
+            if r["ratio"] == 1 and r["aim"] is None and r["share"] == 1 and "AdamW" in r["step"]:
+                continue
+            aim = "–" if r["aim"] is None else (
+                f"≤ {r['aim']:.2f}, {'met' if r['met'] else '**missed**'}"
+            )  # fmt: skip
+            lines.append(
+                f"| {r['step']} | {r['share']:.1%} | {dtype} | {r['ratio']:.3f} | "
+                f"{r['low']:.3f}–{r['high']:.3f} | {aim} |"
+            )
+    lines += [
+        "",
+        "Time of one step as a multiple of `torch.optim.AdamW(fused=True)` on all weights in "
+        "float32; median of "
+        f"{settings['rounds']} interleaved rounds"
+        + (", processor time on one thread" if settings["cpu_time"] else "")
+        + f". {env['date']}, {env['processor']}, {_threads(env)}, torch {env['torch']}; "
+        f"`python bench/optim_step.py --rounds {settings['rounds']}"
+        + (" --cpu-time`." if settings["cpu_time"] else "`."),
+    ]
+    return "\n".join(lines)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"quickstart": quickstart, "step-overhead": step_overhead},
+    "README.md": {
+        "quickstart": quickstart, "peers": peers_in_short, "step-overhead": step_overhead,
+    },
+    "docs/train.md": {"peers": peers, "optimizer-step": optimizer_step},
     "docs/kernels.md": {
         "gpu-gate": gpu_gate,
         "roofline": roofline_floors,
