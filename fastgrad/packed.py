@@ -220,13 +220,28 @@ class PartialModule(nn.Module):
         # tied head that calls F.linear, a parametrization), must reach the packed parameter.
         value = super().__getattr__(name)
         blocks = self.__dict__.get("_fastgrad_packed", {}).get(name)
-        if blocks is None or not torch.is_grad_enabled() or sharded().is_sharded(value):
+        if blocks is None or sharded().is_sharded(value):
             return value
         blocks.sync_if_stale()
+        if not torch.is_grad_enabled():
+            return value
         return read(value, self._parameters[packed_attribute(name)], blocks)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # fully_shard puts other tensors in place this way, around every pass of the module.
+        # fully_shard puts other tensors in place this way, around every pass of the module; so
+        # does load_state_dict(assign=True), while the packed parameters are out of the way.
+        blocks = self.__dict__.get("_fastgrad_packed", {}).get(name)
+        if (
+            type(blocks) is PackedBlocks
+            and value is not blocks.full
+            and packed_attribute(name) in self._parameters
+            and not sharded().is_sharded(value)
+        ):
+            raise PartialError(
+                f"{blocks.name} was given another tensor while its blocks are trained: the "
+                "optimizer would train the old one. Remedy: copy_() the new values into it under "
+                "torch.no_grad(), or assign before make_partial"
+            )
         super().__setattr__(name, value)
         if name in self._parameters:
             sharded().swapped(self, name, value)

@@ -172,8 +172,9 @@ class Partial:
             PartialError: if something cannot be done exactly, by name and with the remedy: an
                 optimizer that counts steps per tensor and would give new blocks of that tensor the
                 bias correction of the old ones, state of unknown layout, gradients that no step
-                has used, an ambiguous group, a model inside DistributedDataParallel or
-                ``fully_shard``. Nothing has changed then.
+                has used, an ambiguous group, a model under ``fully_shard``. Nothing has changed
+                then. Inside DistributedDataParallel the next pass raises it, until the model is
+                wrapped again.
         """
         from fastgrad.reselection import reselect
 
@@ -223,6 +224,9 @@ class Partial:
             for p, grad, wanted in before.values():
                 p.grad = grad
                 p.requires_grad_(wanted)
+            for name, p in model_parameters(self.model).items():
+                if name in before:  # load_state_dict(assign=True) gives new tensors
+                    p.requires_grad_(before[name][2])
             lost = self._reinstall(places)
         if lost:
             raise PartialError(

@@ -98,7 +98,9 @@ def one_expert(expert: int, full: Tensor, packed: Tensor, blocks: PackedBlocks) 
     stripes = stripes_of(blocks)
     slot = stripes.slot_of.get(expert % full.shape[0])
     if slot is None:
-        return values
+        # An update inside the backward pass writes other experts of this weight while this one is
+        # still needed: its rows stay as they are, so it counts changes by itself.
+        return values.data
     gate = _gate(packed, full, blocks)
     return _OneExpert.apply(gate.tokens[slot], values, gate)
 

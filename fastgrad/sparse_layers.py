@@ -113,6 +113,7 @@ class Overlay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         blocks: PackedBlocks = ctx.blocks
+        grad = grad.to_dense() if grad.is_sparse else grad  # nn.Embedding(sparse=True)
         return (grad if blocks.whole else blocks.gather(grad)).to(ctx.dtype), None, None
 
 
@@ -218,7 +219,7 @@ class SparseRows(torch.autograd.Function):
         keep = slots >= 0
         if ctx.padding_idx is not None:
             keep &= index != ctx.padding_idx
-        grad = grad_out.reshape(index.numel(), -1)[keep]
+        grad = grad_out.reshape(index.numel(), stripes.grid.cols)[keep]
         grad = grad.to(accumulation_dtype(grad))
         touched = grad.new_zeros(stripes.rows.numel(), stripes.grid.cols)
         touched.index_add_(0, slots[keep], grad)

@@ -76,3 +76,77 @@ def test_a_partial_recurrent_layer_is_pickled():
     grads = [[p.grad for n, p in m.named_parameters() if p.requires_grad] for m in (model, again)]
     assert len(grads[0]) == len(grads[1]) == 1
     assert torch.equal(grads[0][0], grads[1][0])
+
+
+def rows_of(model, name, rows):
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    return fg.make_partial(model, fg.Selection(shapes, "row", {name: np.array(rows)}))
+
+
+def test_a_weight_that_is_exchanged_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    partial = rows_of(model, "0.weight", [1])
+    old = model[0].weight
+    with pytest.raises(PartialError, match=r"0\.weight was given another tensor"):
+        model[0].weight = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+    assert torch.equal(model[0].weight, old)
+    state = {n: torch.ones_like(p) for n, p in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(next(partial.parameters()), torch.ones(1, 1, 4))
+
+
+def test_no_ids_no_gradient():
+    model = nn.Sequential(nn.Embedding(8, 4))
+    partial = rows_of(model, "0.weight", [1, 3])
+    model(torch.zeros(0, dtype=torch.long)).sum().backward()
+    (packed,) = partial.parameters()
+    assert torch.equal(packed.grad, torch.zeros(2, 1, 4))
+
+
+def test_an_embedding_with_sparse_gradients_trains_its_blocks():
+    model = nn.Sequential(nn.Embedding(8, 4, sparse=True))
+    partial = rows_of(model, "0.weight", [1, 3])
+    model(torch.tensor([1, 1, 5])).sum().backward()
+    (packed,) = partial.parameters()
+    assert torch.equal(packed.grad, torch.tensor([2.0, 0.0]).view(2, 1, 1).expand(2, 1, 4))
+
+
+def test_other_readers_see_packed_values_without_gradients():
+    model = nn.Sequential(nn.Embedding(8, 4))
+    (packed,) = rows_of(model, "0.weight", [1]).parameters()
+    with torch.no_grad():
+        packed.fill_(7.0)
+        assert torch.equal(nn.functional.linear(torch.ones(1, 4), model[0].weight)[0, 1],
+                           torch.tensor(28.0))  # fmt: skip
+
+
+def test_weights_assigned_while_suspended_stay_frozen():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    partial = rows_of(model, "0.weight", [1])
+    with partial.suspended() as plain:
+        plain.load_state_dict({n: p.clone() for n, p in plain.state_dict().items()}, assign=True)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 1
+    assert "packed" in trained[0]
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, fg.SparseAdamW])
+def test_experts_that_ran_before_the_trained_one_are_kept_during_updates(make):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 3, 5))
+
+        def forward(self, x):
+            return sum((x * 1.0) @ self.w[e] for e in range(4))
+
+    model = Experts()
+    shapes = {"w": (4, 3, 5)}
+    partial = fg.make_partial(model, fg.Selection(shapes, "expert", {"w": np.array([3])}))
+    fg.step_in_backward(make(partial.parameters(), lr=0.1))
+    x, before = torch.randn(2, 3, requires_grad=True), model.w.detach().clone()
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad, before.sum(0).sum(1).expand(2, 3))
+    after = model.w.detach()
+    assert torch.equal(after[:3], before[:3])
+    assert not torch.equal(after[3], before[3])
