@@ -294,7 +294,10 @@ def searched(
     cost, unit, effort, part = price
     limit = parse_memory(budget.value) if unit == "bytes" else parse_flops(budget.value)
     # The smallest block may lie where the backward pass has a long way; the best one is tried too.
-    lows = sorted({int(ranked.sizes.min()), int(ranked.sizes[0])})
+    sizes = ranked.sizes
+    if spread is not None:  # not one that a cap forbids
+        sizes = sizes[sizes <= spread.cap[spread.group]]
+    lows = sorted({int(sizes.min()), int(sizes[0])}) if sizes.size else [int(ranked.sizes.min())]
     if spread is not None and spread.floor.any():
         lows = [thriftiest(ranked, spread)]
 

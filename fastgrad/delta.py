@@ -168,7 +168,25 @@ def load_delta(
             )
     applied = AppliedDelta(model, delta)
     applied._apply()
+    if check_base and delta.result_hash is not None:
+        try:
+            check_result(delta, weights_hash(model))
+        except DeltaError:
+            applied.revert()
+            raise
     return applied
+
+
+def check_result(delta: DeltaFile, found: str) -> None:
+    """Raises DeltaError if a delta has led to the weights ``found`` and not to those that it was
+    saved from."""
+    if delta.result_hash is not None and found != delta.result_hash:
+        raise DeltaError(
+            f"base and delta give weights {found[:23]}..., the trained model had "
+            f"{delta.result_hash[:23]}...: other weights than those of the selection were changed "
+            "too. Remedy: save the trained model itself with save_pretrained; load_delta(..., "
+            "check_base=False) loads the blocks all the same"
+        )
 
 
 def _read(p: Tensor, grid: BlockGrid, ids: Tensor | None) -> Tensor:

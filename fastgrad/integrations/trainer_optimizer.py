@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import Trainer
 
+from fastgrad.budgets import KINDS
 from fastgrad.choosing import select
 from fastgrad.errors import FastgradError, PartialError
 from fastgrad.identity import unwrapped
@@ -223,10 +225,18 @@ def sparse_adamw(
     Raises:
         FastgradError: if both or neither of selection and budget are given.
     """
-    budget = fraction is not None or bool({"count", "k_star", "memory"} & select_options.keys())
+    if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 3):
+        raise FastgradError(
+            f"sparse_adamw needs transformers 5.3 or newer, this is {transformers.__version__}. "
+            "Remedy: pip install -U transformers, or a loop of your own with SparseAdamW"
+        )
+    budget = fraction is not None or bool(set(KINDS) & select_options.keys())
     if (selection is None) != budget or (selection is not None and blueprint is not None):
         raise FastgradError("give sparse_adamw either a selection, or a budget such as "
                             "fraction=0.2 with or without a blueprint")
+    if selection is not None and (ranking is not None or select_options):
+        unused = ", ".join(["ranking"] * (ranking is not None) + list(select_options))
+        raise FastgradError(f"a ready selection leaves no use for {unused}. Remedy: give either")
 
     def choice() -> Choice:
         source: Any = blueprint
@@ -239,6 +249,8 @@ def sparse_adamw(
             options["ranking"] = ranking
         if fraction is not None:
             options["fraction"] = fraction
+        if master_dtype is not None:  # a budget of memory counts the masters
+            options["master_dtype"] = master_dtype
         return Choice(source, selection, options)
 
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
