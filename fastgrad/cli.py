@@ -59,11 +59,16 @@ ModelPath = Annotated[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point: like :data:`app`, with our own errors as one red line and exit code 1."""
+    """Entry point: like :data:`app`, with our own errors, and files that cannot be read or written,
+    as one red line and exit code 1."""
     try:
         app(args=None if argv is None else list(argv), prog_name="fastgrad")
-    except FastgradError as error:
+    except BrokenPipeError:
+        raise
+    except (FastgradError, OSError) as error:
         line = " ".join(str(error).split())
+        if not isinstance(error, FastgradError):
+            line = f"{type(error).__name__}: {line}. Remedy: another path, or room and rights there"
         Console(stderr=True).print(f"[bold red]error:[/] [red]{escape(line)}[/]", soft_wrap=True,
                                    highlight=False)  # fmt: skip
         raise SystemExit(1) from None

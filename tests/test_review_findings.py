@@ -10,7 +10,7 @@ from torch import nn
 import fastgrad as fg
 from fastgrad.errors import DeltaError, FastgradError
 from fastgrad.integrations.transformers import sparse_adamw
-from tests.models import llama, randomised
+from tests.models import batch_of, llama, randomised
 
 
 def test_the_plugs_memory_budget_counts_the_masters():
@@ -60,3 +60,20 @@ def test_a_delta_that_lacks_what_changed_beside_it_is_not_applied(tmp_path):
     assert all(torch.equal(p, base[n]) for n, p in model.state_dict().items())
     fg.load_delta(model, tmp_path / "d.safetensors", check_base=False)
     assert torch.equal(model[0].weight[1], base["0.weight"][1] + 1)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    from fastgrad.cli import main
+
+    model = randomised(llama, 0)
+    with fg.Probe(model, per_example=False) as probe:
+        model(**batch_of(seed=0)).loss.backward()
+    probe.stats().save(tmp_path / "stats.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        main(["select", str(tmp_path / "stats.safetensors"), "--fraction", "0.1", "-o",
+              str(tmp_path)])  # fmt: skip
+    assert stop.value.code == 1
+    shown = capsys.readouterr().err
+    assert "IsADirectoryError" in shown
+    assert "Remedy" in shown
+    assert "Traceback" not in shown
