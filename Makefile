@@ -39,9 +39,9 @@ $(VENV)/.user: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt oracles.txt
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt tests/oracles.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots,test,bench,loops,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r oracles.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracles.txt
 	@touch $@ $(VENV)/.user
 
 clean:

@@ -1,23 +1,10 @@
 """Selected blocks of a weight gradient ``leftᵀ right`` on a CPU, by the shape of the blocks.
 
 Rows and columns are one product over what is gathered of one factor. Tiles are one product each,
-of views, straight into their place; neighbours share one. Of the dense product's processor time,
-for a 4096x512 weight and 1,024 tokens on one x86 core, random blocks take
-
-===========  ==========  ==========  ===============================
-blocks       20 % of it  5 % of it   ``ops.sparse_wgrad`` for 20 %
-===========  ==========  ==========  ===============================
-rows         0.25        0.11        0.25
-``64x*``     0.28        0.08        0.65
-``128x128``  0.28        0.07        0.58
-``64x64``    0.38        0.11        0.96
-``32x32``    0.61        0.18        2.16
-``16x16``    1.18        0.32        4.36
-===========  ==========  ==========  ===============================
-
-where the operator gathers columns for each stripe of tiles. Products of tiles smaller than 16x16
-run at less than a tenth of the dense speed: for these whole block rows are formed, a bounded part
-at a time, and cut (1.3 of the dense time for 8x8, whatever the share).
+of views, straight into their place; neighbours share one.
+``ops.sparse_wgrad`` on a CPU gathers columns for each stripe of tiles instead, which costs more the
+smaller the tiles are. Products of tiles smaller than 16x16 are mostly calls: for these whole block
+rows are formed, a bounded part at a time, and cut, so that a small share of them saves little.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastgrad.ownership import NONE, Mark
 from fastgrad.random_state import random_states, restore
 
-_CANNOT = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
+_CANNOT = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 def split(tensor: Tensor, dim: int, n: int) -> Tensor:

@@ -1,7 +1,7 @@
 """T against other people's per-example gradients, on the layers that both sides cover.
 
 ``test_probe_exact`` and the zoo compare with our own loop over examples; here the reference
-comes from code that nobody here wrote. The foreign libraries are optional (``oracles.txt``).
+comes from code that nobody here wrote. The foreign libraries are optional (``tests/oracles.txt``).
 """
 
 from __future__ import annotations
