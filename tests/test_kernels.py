@@ -81,6 +81,44 @@ def test_both_forms_agree_on_tall_tiles(gram, monkeypatch):
         torch.testing.assert_close(sq.double(), want_sq, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("lengths", [[40] * 5, [50, 0, 70, 80], [200]])
+@pytest.mark.parametrize("kept", [0.0, 0.15, 0.6, 0.9])
+def test_rows_of_zeros_are_left_out(lengths, kept, gram, side, monkeypatch):
+    """Tokens without a label, and padding: fewer products, the same results."""
+    seen = []
+    monkeypatch.setattr(cpu, "prefer_gram", lambda *a: seen.append(a[2]) or gram)
+    torch.manual_seed(0)
+    n = sum(lengths)
+    factors = {"left": torch.randn(n, 24), "right": torch.randn(n, 40)}
+    factors[side][torch.rand(n) >= kept] = 0
+    left, right = factors.values()
+    direction = torch.randn(1, 24, 40)
+    for br, bc in ((24, 40), (8, 16)):
+        args = (left, right, offsets_of(lengths), br, bc)
+        want = reference.cross_influence(*args, direction)
+        for have in (
+            cpu.cross_influence(*args, direction, True),
+            cpu.cross_influence(*args, None, True)[:2],
+        ):
+            for a, b in zip(have, want, strict=False):
+                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+    assert (seen[-1] < max(lengths)) == (kept <= 0.6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_damage_is_left_out_with_rows_of_zeros(bad):
+    """Zero times infinity is NaN: what the whole product shows must show here too."""
+    left, right = torch.randn(100, 8), torch.randn(100, 16)
+    left[:80] = 0
+    right[3, 5] = bad
+    grad, sq, _ = cpu.cross_influence(left, right, offsets_of([50, 50]), 8, 16, None, True)
+    torch.testing.assert_close(grad, left.T @ right, equal_nan=True)
+    assert grad[:, 5].isnan().all()
+    assert sq[0].isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("mean", [0.0, 30.0, 300.0])
 def test_gram_form_survives_cancellation(mean):
     """Inputs with a large common mean against gradients that sum to zero, as keys have."""
