@@ -33,16 +33,17 @@ from fastgrad.blueprint_schema import (
 )
 from fastgrad.errors import BlockSpecError, BlueprintError
 from fastgrad.files import atomic_path, write_text
+from fastgrad.hub import MAX_VECTOR_BYTES, located, push
 from fastgrad.ranking import rank_scores, refuse_coarse
 from fastgrad.staleness import SplitHalf, Staleness, compare
 from fastgrad.stats import GradientStats
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from torch import nn
 
 Array = NDArray[np.float64]
 
-MAX_VECTOR_BYTES = 2**30
 _VECTORS_FORMAT = "fastgrad.blueprint.blocks/1"
 
 
@@ -316,27 +317,72 @@ class Blueprint:
         return target
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Blueprint:
-        """Read a blueprint from a model's folder, or from a file.
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Blueprint:
+        """Read a blueprint from a model's folder, from a file, or from a repository of the hub.
+
+        Args:
+            path: a folder, a file, or (if nothing local has that name) a hub id ``org/name``.
+                Both files of a hub repository are read at one commit.
+            revision: branch, tag or commit of a hub repository.
+            local_files_only: take a hub repository from the local cache, without the network.
+            token, cache_dir: for a hub repository, as ``huggingface_hub`` has them.
 
         Raises:
             BlueprintError: if it is missing, damaged, or of a newer major version. Nothing else,
                 whatever the file holds.
+            MissingExtraError: for a hub id without ``huggingface_hub``.
         """
         try:
-            target = Path(path)
-            if target.is_dir():
-                target = target / FILE_NAME
+            target, beside = located(
+                path, revision=revision, local_files_only=local_files_only, token=token,
+                cache_dir=cache_dir,
+            )  # fmt: skip
             file = parse_blueprint(_read(target, MAX_BYTES))
             if file.block_vectors is None:
                 return cls(file)
-            vectors = _read(target.with_name(file.block_vectors.file), MAX_VECTOR_BYTES)
+            vectors = _read(beside(file.block_vectors.file), MAX_VECTOR_BYTES)
             entry = file.block_vectors
             return cls(file, entry.spec, _parse_vectors(vectors, entry), entry.specs)
         except (BlueprintError, BlockSpecError) as error:
             raise BlueprintError(f"{path}: {error}") from None
         except (OSError, ValueError) as error:
             raise BlueprintError(f"{path} is not a usable blueprint: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Put both files into a model repository of the hub, in one commit; nothing else in the
+        repository changes. It is made if it does not exist.
+
+        Args:
+            repo_id: ``org/name``.
+            revision: branch to commit to.
+            private: of a repository that is made.
+            commit_message, token, create_pr: as ``huggingface_hub`` has them.
+
+        Raises:
+            BlueprintError: if the hub refuses.
+            MissingExtraError: without ``huggingface_hub``.
+        """
+        return push(
+            *self._texts(), repo_id, revision=revision, commit_message=commit_message,
+            private=private, token=token, create_pr=create_pr,
+        )  # fmt: skip
 
     def verify(self, model: nn.Module) -> None:
         """Check that this blueprint describes ``model``: names, shapes and the weights' hash.

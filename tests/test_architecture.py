@@ -41,7 +41,7 @@ RANKS: list[set[str]] = [
     {"measurement", "heavytail", "resources"},
     {"replicas"},
     {"probe", "distributed"},
-    {"ranking", "blueprint_schema", "selection", "selection_report"},
+    {"ranking", "blueprint_schema", "hub", "selection", "selection_report"},
     {"spread", "filling"},
     {"sparse_products", "sparse_layers", "sparse_conv", "sparse_experts", "readings"},
     {"blueprint_make", "staleness", "packed", "sharded", "optim", "meter", "directions"},
@@ -52,9 +52,12 @@ RANKS: list[set[str]] = [
     {"budgets"},
     {"choosing"},
     {"delta_files", "delta", "delta_stack", "delta_merge", "plots", "reselection_schedule"},
+    {"held_out", "blueprint_schedule", "measuring", "measuring_together", "blueprint_log"},
     {"integrations"},
     {"quickstart"},
-    {"cli", "cli_delta", "cli_values"},
+    {"cli", "cli_app", "cli_blueprint", "cli_common", "cli_compare", "cli_data", "cli_delta",
+     "cli_docs", "cli_exit", "cli_export", "cli_models", "cli_plan", "cli_probe", "cli_release",
+     "cli_select", "cli_values"},
 ]
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}
 
