@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 from fastgrad.errors import ResourceError
 
@@ -25,6 +28,12 @@ ADAMW_FLOPS_PER_PARAM = 14.0
 #: than one half, most of what the gradient asks for is thrown away.
 OVER_AGGRESSIVE_SHARE = 0.5
 
+#: How coefficients came about: counted from a formula, or fitted to measured steps.
+COUNTED, MEASURED = "counted", "measured"
+
+#: Three different fractions are the fewest from which a line and its misfit both follow.
+MIN_FRACTIONS = 3
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -37,9 +46,14 @@ class CostModel:
         per_param: cost of k going from 0 to 1, that is, of selecting *all* parameters; for a
             single parameter divide by ``n_params``.
         n_params: parameters of the model.
+        mode: ``"counted"``, from a formula, or ``"measured"``, fitted to measured steps.
+        n_points: how many measurements were fitted; None if counted.
+        residual: standard deviation of the measurements about the line, in ``unit`` (n - 2 degrees
+            of freedom): noise, and whatever is not linear; None if counted.
 
     Raises:
-        ResourceError: a cost is negative or not finite, both are zero, or ``n_params < 1``.
+        ResourceError: a cost is negative or not finite, both are zero, ``n_params < 1``, or the
+            last three contradict each other.
     """
 
     resource: str
@@ -47,8 +61,21 @@ class CostModel:
     fixed: float
     per_param: float
     n_params: int
+    mode: str = COUNTED
+    n_points: int | None = None
+    residual: float | None = None
 
     def __post_init__(self) -> None:
+        if self.mode not in (COUNTED, MEASURED):
+            raise ResourceError(f"mode is {COUNTED!r} or {MEASURED!r}; got {self.mode!r}")
+        if self.mode == MEASURED and (self.n_points is None or self.residual is None):
+            raise ResourceError("a measured cost has n_points and residual. Remedy: "
+                                "CostModel.from_measurements")
+        if self.mode == COUNTED and (self.n_points, self.residual) != (None, None):
+            raise ResourceError("a counted cost has no n_points and no residual")
+        if self.n_points is not None and self.residual is not None:
+            _require_count("n_points", self.n_points)
+            _require_amount("residual", self.residual)
         _require_count("n_params", self.n_params)
         _require_amount("fixed", self.fixed)
         _require_amount("per_param", self.per_param)
@@ -157,6 +184,77 @@ class CostModel:
             n_params=n_params,
         )
 
+    @classmethod
+    def from_measurements(
+        cls, resource: str, unit: str, pairs: Iterable[tuple[float, float]], *, n_params: int
+    ) -> CostModel:
+        """Least-squares line through measured costs of steps: :attr:`mode` is ``"measured"``.
+
+        Every pair weighs the same. Repeat each fraction as often as the others, in turns rather
+        than one after the other, so that a drift of the machine does not look like a slope.
+
+        Args:
+            resource: what is paid with, for instance ``"time"``.
+            unit: of the measured costs, for instance ``"s"``.
+            pairs: ``(fraction of the parameters trained, cost of a step)`` for each measurement,
+                at three different fractions at least. Fractions in [0, 1], zero being a step
+                that trains nothing.
+            n_params: parameters of the model.
+
+        Raises:
+            ResourceError: too few fractions, impossible numbers, or a line that falls with k or is
+                below zero at k = 0: then noise or something that is not linear decides, and no
+                coefficient is made up in its place.
+        """
+        points = [(float(k), float(cost)) for k, cost in pairs]
+        for k, cost in points:
+            if not 0.0 <= k <= 1.0:
+                raise ResourceError(f"{resource}: a measured fraction must lie in [0, 1]; got {k}")
+            if not (math.isfinite(cost) and cost > 0.0):
+                raise ResourceError(
+                    f"{resource}: a measured cost must be finite and above 0; got {cost}"
+                )
+        n_fractions = len({k for k, _ in points})
+        if n_fractions < MIN_FRACTIONS:
+            raise ResourceError(
+                f"{resource}: {len(points)} measurements at {n_fractions} different fractions; a "
+                f"line and its misfit need {MIN_FRACTIONS}. Remedy: measure steps at more "
+                "fractions, for instance 0.05, 0.2, 0.5 and 1"
+            )
+        k, cost = np.array(points).T
+        away = k - k.mean()
+        per_param = float((away * (cost - cost.mean())).sum() / (away**2).sum())
+        fixed = float(cost.mean() - per_param * k.mean())
+        residual = float(np.sqrt(((cost - fixed - per_param * k) ** 2).sum() / (k.size - 2)))
+        for name, value in (("per_param", per_param), ("fixed", fixed)):
+            if value < 0.0:
+                raise ResourceError(
+                    f"{resource}: the line through {k.size} measurements has {name} = {value:.4g} "
+                    f"{unit}, below 0 (they scatter about it by {residual:.4g} {unit}). Remedy: "
+                    "longer measurements, more of them, or fractions further apart"
+                )
+        return cls(resource, unit, fixed, per_param, n_params, MEASURED, int(k.size), residual)
+
+    @classmethod
+    def time(cls, pairs: Iterable[tuple[float, float]], *, n_params: int) -> CostModel:
+        """Seconds of a step, from measured ``(fraction trained, seconds per step)``.
+
+        Time depends on machine, model and batch, so it is measured and never estimated.
+
+        Raises:
+            ResourceError: see :meth:`from_measurements`.
+        """
+        return cls.from_measurements("time", "s", pairs, n_params=n_params)
+
+    @classmethod
+    def energy(cls, pairs: Iterable[tuple[float, float]], *, n_params: int) -> CostModel:
+        """Joules of a step, from measured ``(fraction trained, joules per step)``; as :meth:`time`.
+
+        Raises:
+            ResourceError: see :meth:`from_measurements`.
+        """
+        return cls.from_measurements("energy", "J", pairs, n_params=n_params)
+
 
 @dataclass(frozen=True)
 class KStar:
@@ -172,6 +270,7 @@ class KStar:
         per_param: cost of k going from 0 to 1, in the same unit.
         kept_share: share of gradient mass kept at k*, ``value**gamma``.
         over_aggressive: whether ``kept_share`` is below ``OVER_AGGRESSIVE_SHARE``.
+        mode, n_points, residual: of the cost model, see :class:`CostModel`.
     """
 
     resource: str
@@ -183,6 +282,9 @@ class KStar:
     per_param: float
     kept_share: float
     over_aggressive: bool
+    mode: str = COUNTED
+    n_points: int | None = None
+    residual: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
@@ -253,6 +355,9 @@ def k_star(gamma: float, cost: CostModel) -> KStar:
         per_param=per_param,
         kept_share=kept_share,
         over_aggressive=kept_share < OVER_AGGRESSIVE_SHARE,
+        mode=cost.mode,
+        n_points=cost.n_points,
+        residual=cost.residual,
     )
 
 

@@ -140,6 +140,77 @@ def test_impossible_numbers_are_refused(build: Any, message: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------
+# Measured costs
+
+
+@given(
+    st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.lists(st.floats(0, 1), min_size=3, max_size=12)
+)
+def test_a_measured_line_is_found(fixed: float, per_param: float, ks: list[float]) -> None:
+    assume(len(set(ks)) >= 3 and max(ks) - min(ks) > 0.01)
+    cost = CostModel.time([(k, fixed + per_param * k) for k in ks], n_params=100)
+    scale = 1e-9 * (fixed + per_param)
+    assert cost.fixed == pytest.approx(fixed, abs=scale)
+    assert cost.per_param == pytest.approx(per_param, abs=scale)
+    assert (cost.resource, cost.unit, cost.mode) == ("time", "s", "measured")
+    assert cost.n_points == len(ks)
+    assert cost.residual is not None
+    assert cost.residual <= scale
+
+
+def test_the_residual_is_the_scatter_about_the_line() -> None:
+    """Against NumPy's own fit, and the noise that was put in."""
+    rng = np.random.default_rng(0)
+    k = np.tile([0.05, 0.2, 0.5, 1.0], 500)
+    joules = 40 + 25 * k + rng.normal(0, 2, k.size)
+    cost = CostModel.energy(zip(k, joules, strict=True), n_params=10**6)
+    slope, intercept = np.polyfit(k, joules, 1)
+    assert (cost.fixed, cost.per_param) == pytest.approx((intercept, slope), rel=1e-10)
+    assert cost.residual == pytest.approx(2, rel=0.05)
+    assert (cost.resource, cost.unit, cost.n_points) == ("energy", "J", 2000)
+    found = k_star(0.3, cost)
+    assert (found.mode, found.n_points, found.residual) == ("measured", 2000, cost.residual)
+    assert found.value == pytest.approx(0.3 * cost.fixed / (cost.per_param * 0.7))
+    assert KStar(**json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
+
+
+def test_what_was_counted_does_not_claim_a_measurement() -> None:
+    for cost in (CostModel.memory(10), CostModel.flops(10, tokens=3), model(1, 1)):
+        assert (cost.mode, cost.n_points, cost.residual) == ("counted", None, None)
+        assert k_star(0.2, cost).mode == "counted"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "0 measurements at 0 different fractions"),
+        ([(0.1, 1.0), (0.1, 1.1), (0.9, 2.0)], "3 measurements at 2 different fractions.*Remedy"),
+        ([(0.1, 1.0), (0.5, 1.1), (1.1, 2.0)], r"must lie in \[0, 1\]; got 1.1"),
+        ([(0.1, 1.0), (0.5, 1.1), (math.nan, 2.0)], r"must lie in \[0, 1\]; got nan"),
+        ([(0.1, 1.0), (0.5, 0.0), (1.0, 2.0)], "must be finite and above 0; got 0.0"),
+        ([(0.1, 1.0), (0.5, math.inf), (1.0, 2.0)], "must be finite and above 0; got inf"),
+        ([(0.1, 3.0), (0.5, 2.0), (1.0, 1.0)], "per_param = -2.2.*below 0.*Remedy: longer"),
+        ([(0.5, 1.0), (0.7, 2.0), (1.0, 4.0)], "fixed = -2.1.*below 0"),
+    ],
+)
+def test_no_coefficient_is_made_up(pairs: list[tuple[float, float]], message: str) -> None:
+    with pytest.raises(ResourceError, match=message):
+        CostModel.time(pairs, n_params=10)
+
+
+def test_mode_and_its_numbers_belong_together() -> None:
+    for extra, message in (
+        (("guessed",), "mode is 'counted' or 'measured'; got 'guessed'"),
+        (("measured",), "has n_points and residual"),
+        (("counted", 3, 0.1), "has no n_points"),
+        (("measured", 0, 0.1), "n_points must be a whole number >= 1"),
+        (("measured", 3, math.nan), "residual must be a finite number"),
+    ):
+        with pytest.raises(ResourceError, match=message):
+            CostModel("time", "s", 1.0, 1.0, 10, *extra)
+
+
+# --------------------------------------------------------------------------------------------
 # k*
 
 gammas = st.floats(0.01, 0.999)
