@@ -103,8 +103,8 @@ def without_zero_rows(
     """
     if left.device.type != "cpu" or len(left) < ZERO_SAMPLE:
         return left, right, bounds  # elsewhere the host would wait for the count
-    sample = slice(None, None, len(left) // ZERO_SAMPLE)
-    shares = [_zero_rows(factor[sample]).float().mean().item() for factor in (left, right)]
+    step = len(left) // ZERO_SAMPLE
+    shares = [_zero_rows(f[::step, :ZERO_SAMPLE]).float().mean().item() for f in (left, right)]
     if max(shares) < ZERO_SHARE:
         return left, right, bounds
     sparse, dense = (left, right) if shares[0] >= shares[1] else (right, left)
