@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BlockGrid": "blocks",
     "Blueprint": "blueprint",
+    "BlueprintLog": "blueprint_log",
     "CostModel": "resources",
     "Coverage": "stats",
     "FlopPlanner": "flops",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     )
     from fastgrad.blocks import BlockGrid as BlockGrid
     from fastgrad.blueprint import Blueprint as Blueprint
+    from fastgrad.blueprint_log import BlueprintLog as BlueprintLog
     from fastgrad.choosing import select as select
     from fastgrad.delta import load_delta as load_delta
     from fastgrad.delta import save_delta as save_delta

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 RANKS: list[set[str]] = [
     {"fastgrad_kernels"},
     {"errors"},
-    {"files", "known_values", "live_bytes", "identity", "blocks", "transfer", "optim_arguments"},
+    {"files", "known_values", "live_bytes", "identity", "blocks", "transfer", "optim_arguments",
+     "optim_prepared"},
     {"ownership", "rows", "regions", "probe_arguments", "chain_rule", "random_state"},
     {"function_kinds", "trials", "cross_terms"},
     {"ownership_uniform"},

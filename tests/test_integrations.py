@@ -1,4 +1,4 @@
-"""The Trainer's plugs: a callback that leaves no trace, an optimizer that trains a part."""
+"""The Trainer's plugs: measuring that leaves no trace, an optimizer that trains a part."""
 
 from __future__ import annotations
 
@@ -10,145 +10,13 @@ import torch
 
 import fastgrad as fg
 from fastgrad.errors import BlueprintError, FastgradError, PartialError
-from fastgrad.identity import model_parameters
 from fastgrad.integrations.transformers import (
-    BlueprintCallback,
     measure,
     sparse_adamw,
     untouched,
 )
 from tests.models import bert, llama, randomised
 from tests.training_runs import HELD_OUT, STEPS, state, trainer
-
-
-def with_dropout():
-    """Dropout draws random numbers: a callback that draws some too would change the run."""
-    return randomised(lambda: llama(tied=True, attention_dropout=0.2))
-
-
-# -- the callback ------------------------------------------------------------------------
-
-
-def test_training_with_the_callback_is_bit_for_bit_training_without(tmp_path):
-    plain, watched = with_dropout(), with_dropout()
-    trainer(plain, tmp_path / "a").train()
-    callback = BlueprintCallback(HELD_OUT)
-    trainer(watched, tmp_path / "b", [callback]).train()
-    after = state(watched)
-    for name, value in state(plain).items():
-        assert torch.equal(value, after[name]), name
-    assert watched.training == plain.training
-    assert all(p.grad is None for p in watched.parameters())
-
-
-def test_it_measures_at_the_fractions_and_describes_the_saved_weights(tmp_path):
-    model = randomised(lambda: llama(tied=True))
-    callback = BlueprintCallback(
-        iter(HELD_OUT), at=(0.8, 0.5, 1.0), blocks="16x16", domain_tags=["noise"]
-    )
-    run = trainer(model, tmp_path, [callback])
-    run.train()
-    run.save_model(str(tmp_path))
-    assert [(m.fraction, m.step) for m in callback.measurements] == [(0.5, 5), (0.8, 8), (1.0, 10)]
-    logged = [e for e in run.state.log_history if "blueprint_loss" in e]
-    assert [e["step"] for e in logged] == [5, 8, 10]
-    norm = callback.measurements[0].stats.grad_norm[0]
-    assert logged[0]["grad_norm/model.embed_tokens.weight"] == pytest.approx(norm)
-
-    released = fg.Blueprint.from_pretrained(tmp_path)
-    assert released.domain_tags == ["noise"]
-    assert [c.step for c in released.file.checkpoints] == [5, 8, 10]
-    assert (tmp_path / "model.safetensors").exists()
-    saved = type(model).from_pretrained(tmp_path)
-    assert released.weights_hash == fg.weights_hash(saved)
-    chosen = fg.select(released, model=saved, fraction=0.3, blocks="16x16")
-    assert 0 < chosen.n_parameters <= 0.3 * chosen.n_total
-
-
-def test_the_best_weights_are_the_ones_described(tmp_path):
-    """With load_best_model_at_end, training ends with other weights than its last step's."""
-    model = randomised(llama)
-    callback = BlueprintCallback(HELD_OUT)
-    run = trainer(
-        model, tmp_path, [callback], load_best_model_at_end=True, eval_strategy="steps",
-        eval_steps=5, save_strategy="steps", save_steps=5,
-        greater_is_better=True,  # so that the earlier checkpoint, of higher loss, counts as best
-    )  # fmt: skip
-    run.train()
-    assert run.state.best_model_checkpoint.endswith("checkpoint-5")
-    assert callback.blueprint is not None
-    assert callback.blueprint.weights_hash == fg.weights_hash(model)
-
-
-def test_a_generator_is_read_once_and_kept():
-    callback = BlueprintCallback(batch for batch in HELD_OUT)
-    assert len(list(callback.batches)) == len(list(callback.batches)) == 2
-
-
-@pytest.mark.parametrize("at", [(), (0.0,), (0.5, 1.5)])
-def test_fractions_outside_training_are_refused(at):
-    with pytest.raises(FastgradError, match=r"fractions in \(0, 1\]"):
-        BlueprintCallback(HELD_OUT, at=at)
-
-
-def test_several_processes_are_refused(tmp_path):
-    callback = BlueprintCallback(HELD_OUT)
-
-    class Two:
-        world_size = 2
-
-    with pytest.raises(FastgradError, match="one process"):
-        callback.on_train_begin(Two(), None, None)
-
-
-@pytest.mark.parametrize("blocks", ["module", "16x16"])
-@pytest.mark.parametrize("master", [None, torch.float64])
-def test_a_partial_run_is_measured_whole_and_trained_as_without(tmp_path, blocks, master):
-    def plug():
-        return sparse_adamw(ranking="random", fraction=0.3, blocks=blocks, master_dtype=master)
-
-    plain, watched = with_dropout(), with_dropout()
-    trainer(plain, tmp_path / "a", optimizer=plug()).train()
-    callback, known = BlueprintCallback(HELD_OUT), plug()
-    trainer(watched, tmp_path / "b", [callback], known).train()
-    after = state(watched)
-    for name, value in state(plain).items():
-        assert torch.equal(value, after[name]), name
-    # What it saw is what a probe sees of a plain model with these weights, all of them.
-    saved = with_dropout()
-    saved.load_state_dict(watched.state_dict())
-    expected, loss = measure(saved, HELD_OUT)
-    last = callback.measurements[-1]
-    assert last.stats.names == expected.names == list(model_parameters(saved))
-    torch.testing.assert_close(
-        torch.tensor(last.stats.grad_norm), torch.tensor(expected.grad_norm)
-    )
-    assert last.loss == pytest.approx(loss)
-    assert callback.blueprint.weights_hash == fg.weights_hash(saved)
-    assert not callback.blueprint.file.model_dump()["dead"]
-    known[0].partial.remove()
-    assert all(p.requires_grad for p in watched.parameters())
-
-
-def test_a_partial_model_made_by_hand_has_to_be_named(tmp_path):
-    def run(**options):
-        model = randomised(llama)
-        chosen = fg.select(None, model=model, fraction=0.3, ranking="random", blocks="16x16")
-        partial = fg.make_partial(model, chosen)
-        optimizer = fg.SparseAdamW(partial.parameters(), lr=1e-2)
-        if options:
-            options["partial"] = partial
-        callback = BlueprintCallback(HELD_OUT, **options)
-        made = trainer(model, tmp_path, [callback])
-        made.optimizer = optimizer
-        made.train()
-        return callback, model
-
-    with pytest.raises(PartialError, match=r"pass partial=\.\.\."):
-        run()
-    callback, model = run(partial=True)
-    assert callback.blueprint.weights_hash == fg.weights_hash(model)
-
 
 # -- measuring ---------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ def test_blueprint_callback_refuses_a_run_that_trains_blocks():
         callback.on_train_begin(Arguments(), None, None, model=partial_of().model)
 
     class State:
-        max_steps = 10
+        max_steps, stateful_callbacks = 10, {}
 
     model = randomised(MODELS["llama"])
     next(model.parameters()).requires_grad_(False)

@@ -5,138 +5,183 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
+from fastgrad.blueprint_log import BlueprintLog, Measurement
+from fastgrad.blueprint_schedule import Schedule
 from fastgrad.errors import FastgradError
 from fastgrad.granularity import Blocks, check_blocks
+from fastgrad.held_out import HeldOut
 from fastgrad.identity import model_parameters
-from fastgrad.integrations.measuring import measure, whole_model
+from fastgrad.integrations.known import known
+from fastgrad.integrations.trainer_checkpoints import calling_trainer
+from fastgrad.measuring import Loss, own_loss, whole_weights
 from fastgrad.partial import Partial
 from fastgrad.probe import Reduction
-from fastgrad.stats import GradientStats
 
 if TYPE_CHECKING:
     from fastgrad.blueprint import Blueprint
 
+__all__ = ["BlueprintCallback", "Measurement"]
 
-@dataclass(frozen=True)
-class Measurement:
-    """One look at the held-out gradient during training."""
+#: In the Trainer's state, which each checkpoint holds.
+_STATE = "fastgrad_blueprint"
 
-    fraction: float
-    step: int
-    loss: float
-    stats: GradientStats
+# Engines under which self.model is not what is trained, or its gradients are not autograd's.
+_ENGINES = ("DEEPSPEED", "MEGATRON_LM", "TP", "XLA")
 
 
 class BlueprintCallback(TrainerCallback):
-    """Measures held-out gradients during training, and writes the blueprint at its end.
+    """Measures held-out gradients during training, and writes the blueprint at its end: a
+    :class:`fastgrad.BlueprintLog` that the Trainer drives.
 
-    The last measurement is of the weights that training ends with (the best ones, under
-    ``load_best_model_at_end``), and is what the blueprint describes; earlier ones become its
-    checkpoints. Gradients, random state, train mode and optimizer are left alone: the training
-    run is bit for bit what it would be without the callback. A partial model is suspended
-    meanwhile, so that the gradient of all its weights is measured.
+    The last measurement is of the weights that training ends with, wherever that is (the best
+    ones, under ``load_best_model_at_end``), and is what the blueprint describes; all become its
+    checkpoints. Gradients, random state, train mode and optimizer are left alone: the training run
+    is bit for bit what it would be without the callback. A partial model is suspended meanwhile,
+    so that the gradient of all its weights is measured. Checkpoints hold what was measured before
+    them: a resumed run makes the blueprint of the uninterrupted one. Under ``torchrun`` each
+    process measures a part of the batches, and the first one writes.
+
+    Each measurement is logged as the Trainer logs: in ``state.log_history``, and to TensorBoard,
+    Weights & Biases and whatever ``report_to`` names. The keys are those of
+    :meth:`fastgrad.blueprint_log.Measurement.logs`.
 
     Args:
         validation_batches: held-out batches, as the model's keyword arguments with labels. Read
-            anew at each measurement.
-        at: fractions of ``max_steps``; the end is always measured.
+            anew at each measurement; all of them on every process.
+        at: fractions of the run's optimizer steps (``state.max_steps``); 50, 80 and 100 % where no
+            other schedule is given. The end is always measured.
+        steps: numbers of optimizer steps to measure after.
+        every: measure after every so many optimizer steps.
+        examples, share: how many of the batches are measured, see :class:`fastgrad.BlueprintLog`;
+            16 at most by default.
         blocks: granularity of the blueprint.
         domain_tags: what the data is about, for the blueprint.
         output_dir: where ``gradient_blueprint.json`` goes; the Trainer's by default.
-        loss_reduction: see :class:`fastgrad.Probe`.
+        loss_reduction, per_example, frozen: see :class:`fastgrad.Probe`.
+        loss: ``(model, batch) -> loss``, for models that do not return one.
+        log_parameters: log the norm of each parameter; by default if there are at most 200.
         partial: what is trained, where the run's optimizer does not come from ``sparse_adamw``
             (which makes it known) and the model is partial.
 
     Attributes:
-        measurements: what was measured so far.
+        log: the :class:`fastgrad.BlueprintLog`, once training has begun.
         blueprint: the blueprint, once training has ended.
     """
 
     def __init__(
         self,
         validation_batches: Iterable[Mapping[str, Any]],
-        at: Sequence[float] = (0.5, 0.8, 1.0),
+        at: Sequence[float] | None = None,
         *,
+        steps: Sequence[int] = (),
+        every: int | None = None,
+        examples: int | None = None,
+        share: float | None = None,
         blocks: Blocks = "module",
         domain_tags: Sequence[str] = (),
         output_dir: str | os.PathLike[str] | None = None,
         loss_reduction: Reduction = "token_mean",
+        per_example: bool = True,
+        frozen: Sequence[str] | None = None,
+        loss: Loss = own_loss,
+        log_parameters: bool | None = None,
         partial: Partial | None = None,
     ) -> None:
         check_blocks(blocks)
-        if not at or not all(0 < f <= 1 for f in at):
-            raise FastgradError(f"at must hold fractions in (0, 1], got {tuple(at)}")
-        if iter(validation_batches) is validation_batches:  # a generator could be read only once
-            validation_batches = list(validation_batches)
-        self.batches, self.at, self.blocks = validation_batches, sorted(set(at)), blocks
-        self.domain_tags, self.output_dir = list(domain_tags), output_dir
-        self.loss_reduction, self.partial = loss_reduction, partial
-        self.measurements: list[Measurement] = []
+        Schedule.of(at, steps, every)
+        self.batches = HeldOut(validation_batches, examples, share).batches
+        self.output_dir, self.partial, self.log_parameters = output_dir, partial, log_parameters
+        self._options: dict[str, Any] = {
+            "at": at, "steps": steps, "every": every, "examples": examples, "share": share,
+            "blocks": blocks, "domain_tags": list(domain_tags), "loss_reduction": loss_reduction,
+            "per_example": per_example, "frozen": frozen, "loss": loss,
+        }  # fmt: skip
+        self.log: BlueprintLog | None = None
         self.blueprint: Blueprint | None = None
-        self._steps: dict[int, float] = {}
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """What was measured so far."""
+        return [] if self.log is None else self.log.measurements
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        if args.world_size > 1:
-            raise FastgradError(
-                "BlueprintCallback measures in one process, and this run has "
-                f"{args.world_size}. Remedy: measure the saved model afterwards with fg.Probe"
-            )
         if model is None:
             raise FastgradError("BlueprintCallback was not given the model to measure")
-        with whole_model(model, self.partial, kwargs.get("optimizer")):
+        _check_engine(args)
+        partial = self.partial or known(kwargs.get("optimizer")).partial
+        with whole_weights(model, partial):
             frozen = sum(not p.requires_grad for p in model_parameters(model).values())
-        if frozen:
+        if frozen and self._options["frozen"] is None:
             warnings.warn(
-                f"{frozen} parameters are frozen: the blueprint will not describe them",
+                f"{frozen} parameters are frozen: the blueprint will name them, without a gradient."
+                " frozen=[...] measures them too",
                 stacklevel=2,
             )
-        self.measurements, self.blueprint = [], None
-        self._steps = {max(1, round(f * state.max_steps)): f for f in self.at if f < 1}
-
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
-    ) -> None:
-        if state.global_step in self._steps and state.global_step < state.max_steps:
-            self._measure(self._steps[state.global_step], state, model, kwargs.get("optimizer"))
-
-    def on_train_end(
-        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
-    ) -> None:
-        from fastgrad.blueprint import Blueprint
-
-        optimizer = kwargs.get("optimizer")
-        last = self._measure(1.0, state, model, optimizer)
-        with whole_model(model, self.partial, optimizer):
-            self.blueprint = Blueprint.from_stats(
-                last.stats,
-                model=model,
-                domain_tags=self.domain_tags,
-                checkpoints=[
-                    (f"{m.fraction:.0%}", m.step, m.stats) for m in self.measurements
-                ],
-            )
-        self.blueprint.save_pretrained(self.output_dir or args.output_dir)
-
-    def _measure(
-        self, fraction: float, state: Any, model: nn.Module, optimizer: Any
-    ) -> Measurement:
-        with whole_model(model, self.partial, optimizer):
-            stats, loss = measure(
-                model, self.batches, blocks=self.blocks, loss_reduction=self.loss_reduction
-            )
-        found = Measurement(fraction, state.global_step, loss, stats)
-        self.measurements.append(found)
-        norms = zip(stats.names, stats.grad_norm, strict=True)
-        state.log_history.append(
-            {"step": state.global_step, "blueprint_loss": loss}
-            | {f"grad_norm/{name}": float(norm) for name, norm in norms}
+        self.blueprint = None
+        self.log = BlueprintLog(
+            model, self.batches, state.max_steps, partial=partial, **self._options
         )
-        return found
+        if _STATE in state.stateful_callbacks:
+            self.log.load_state_dict(state.stateful_callbacks[_STATE])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        log = self._log()
+        log.steps = state.global_step - 1  # also where the first part ran without this callback
+        log.tokens_seen = state.num_input_tokens_seen or None
+        found = log.step()
+        if found is not None:
+            self._report(state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        log = self._log()
+        log.steps, before = state.global_step, list(log.measurements)
+        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self.blueprint = log.blueprint(state.best_global_step if best else None)
+        if len(log.measurements) > len(before):
+            self._report(state, control)
+        if state.is_world_process_zero:
+            self.blueprint.save_pretrained(self.output_dir or args.output_dir)
+
+    def _log(self) -> BlueprintLog:
+        if self.log is None:
+            raise FastgradError("training has not begun; BlueprintCallback counts its steps")
+        return self.log
+
+    def _report(self, state: Any, control: Any) -> None:
+        """Log the last measurement, and keep all for the checkpoints to come."""
+        log = self._log()
+        state.stateful_callbacks[_STATE] = log.state_dict()
+        entry = log.measurements[-1].logs(self.log_parameters)
+        trainer = calling_trainer()
+        if trainer is None:
+            state.log_history.append({**entry, "step": state.global_step})
+            return
+        # The base class's: TRL's trainers empty their own metrics whenever something is logged.
+        # It also takes the wish to log as fulfilled, which is that of the training loss.
+        wanted = control.should_log
+        Trainer.log(trainer, entry)
+        control.should_log = wanted
+
+
+def _check_engine(args: Any) -> None:
+    """Raises FastgradError for engines whose gradients cannot be measured from outside."""
+    engine = getattr(getattr(args, "distributed_state", None), "distributed_type", "")
+    name = getattr(engine, "value", str(engine)).upper()
+    if name in _ENGINES or getattr(args, "deepspeed", None):
+        raise FastgradError(
+            f"BlueprintCallback does not measure under {name or 'DeepSpeed'}, which keeps weights "
+            "or gradients elsewhere. Remedy: DistributedDataParallel (torchrun), or measure the "
+            "saved model afterwards with fg.Probe"
+        )
+    if getattr(args, "fp16", False):
+        raise FastgradError(
+            "gradients in float16 vanish without a GradScaler's factor, so their norms would be "
+            "too small. Remedy: bf16=True, or measure the saved model afterwards in float32"
+        )

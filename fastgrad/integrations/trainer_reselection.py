@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from fastgrad.errors import FastgradError, PartialError
 from fastgrad.integrations.known import known
-from fastgrad.integrations.measuring import measure
 from fastgrad.integrations.trainer_optimizer import SparseAdamWFactory
+from fastgrad.measuring import measure
 from fastgrad.partial import Partial
 from fastgrad.probe import Reduction
 from fastgrad.reselection import Report

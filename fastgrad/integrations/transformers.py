@@ -19,10 +19,10 @@ try:
 except ImportError as error:
     raise MissingExtraError("transformers", "hf") from error
 
-from fastgrad.integrations.measuring import measure, untouched
 from fastgrad.integrations.trainer_blueprint import BlueprintCallback, Measurement
 from fastgrad.integrations.trainer_optimizer import SparseAdamWFactory, sparse_adamw
 from fastgrad.integrations.trainer_reselection import ReselectionCallback
+from fastgrad.measuring import measure, untouched
 
 __all__ = [
     "BlueprintCallback",
