@@ -455,8 +455,8 @@ class Blueprint:
 def _read(path: Path, limit: int) -> bytes:
     if not path.is_file():
         raise ValueError(
-            f"there is no file {path.name} here. Remedy: a local model folder or file; a "
-            "repository of a hub must be downloaded first"
+            f"there is no file {path.name} here. Remedy: a model folder or file that "
+            "exists, or a hub id such as org/name"
         )
     with path.open("rb") as file:
         data = file.read(limit + 1)

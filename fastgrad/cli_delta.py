@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastgrad.cli_common import Json, emit, emit_json, usage
+from fastgrad.cli_values import shard_size_of
+
 delta_app = typer.Typer(
     help="Show, stack and apply deltas: what partial training changed.", no_args_is_help=True
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DeltaPath = Annotated[
     Path, typer.Argument(metavar="DELTA", help="A file of fg.save_delta or fastgrad delta stack.")
 ]
@@ -37,12 +38,12 @@ def info(path: DeltaPath, as_json: Json = False) -> None:
         for name, ids in delta.ids.items()
     }
     if as_json:
-        typer.echo(json.dumps({
+        emit_json({
             "path": str(path), "bytes": size, "value_bytes": value_bytes,
             "n_parameters": delta.n_parameters, "n_blocks": delta.n_blocks,
             "blocks": in_words(delta.spec, delta.specs), "base_hash": delta.base_hash,
             "result_hash": delta.result_hash, "changed": changed,
-        }, indent=2))  # fmt: skip
+        })  # fmt: skip
         return
     lines = [
         f"{delta.n_parameters:,} weights in {delta.n_blocks:,} blocks of granularity "
@@ -57,7 +58,7 @@ def info(path: DeltaPath, as_json: Json = False) -> None:
         f"{count:>14,}  {count / delta.grid(name).numel:>6.1%}  {name}"
         for name, count in changed.items()
     ]
-    typer.echo("\n".join(lines))
+    emit("\n".join(lines))
 
 
 @delta_app.command("stack")
@@ -76,9 +77,9 @@ def stack(
 
     size = stack_deltas(paths, output)
     if as_json:
-        typer.echo(json.dumps({"path": str(output), "bytes": size}, indent=2))
+        emit_json({"path": str(output), "bytes": size})
     else:
-        typer.echo(f"wrote {output}, {size:,} bytes")
+        emit(f"wrote {output}, {size:,} bytes")
 
 
 @delta_app.command("apply")
@@ -103,9 +104,13 @@ def apply(
     """
     from fastgrad.delta_merge import merge_delta
 
-    made = merge_delta(base, path, output, max_shard_size=max_shard_size)
+    size = shard_size_of(max_shard_size)
+    if size is not None and not (base / "config.json").is_file():
+        usage("it is of a transformers model, and this folder has no config.json: its files are "
+              "copied as they are", "--max-shard-size")  # fmt: skip
+    made = merge_delta(base, path, output, max_shard_size=size)
     if as_json:
         files = sorted(p.name for p in made.iterdir())
-        typer.echo(json.dumps({"path": str(made), "files": files}, indent=2))
+        emit_json({"path": str(made), "files": files})
     else:
-        typer.echo(f"wrote {made}")
+        emit(f"wrote {made}")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from fastgrad.cli_common import open_blueprint
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,21 +20,21 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def source_of(path: Path, local: Path | None, weight: str) -> Blueprint | GradientStats:
+def source_of(reference: str, local: Path | None, weight: str) -> Blueprint | GradientStats:
     """What to select from: statistics, or a blueprint with a local sample blended in."""
-    from fastgrad.blueprint import Blueprint
     from fastgrad.stats import GradientStats
     from fastgrad.stats_shards import INDEX_NAME
 
+    path, share = Path(reference), weight_of(weight)
     if path.suffix == ".safetensors" or (path / INDEX_NAME).is_file():
         if local is not None:
             raise typer.BadParameter("--local is blended into a blueprint, and this source is "
                                      "statistics. Remedy: fastgrad blueprint create first")
         return GradientStats.load(path, blocks=False)
-    blueprint = Blueprint.from_pretrained(path)
+    blueprint = open_blueprint(reference)
     if local is None:
         return blueprint
-    return blueprint.blend(GradientStats.load(local, blocks=False), weight=_weight(weight))
+    return blueprint.blend(GradientStats.load(local, blocks=False), weight=share)
 
 
 def granularity_of(values: Sequence[str] | None) -> str | dict[str, str] | None:
@@ -84,6 +86,21 @@ def batch_shape_of(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
+def shard_size_of(text: str | None) -> str | int | None:
+    """``5GB``, or a number of bytes."""
+    if text is None:
+        return None
+    if text.isascii() and text.isdecimal() and int(text) > 0:
+        return int(text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])B", text, re.ASCII | re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise typer.BadParameter(
+            f"{text!r} is no size: a number with KB, MB, GB or TB, such as 5GB, or a number of "
+            "bytes", param_hint="--max-shard-size",
+        )  # fmt: skip
+    return f"{match[1]}{match[2].upper()}B"
+
+
 def dtype_of(text: str | None) -> torch.dtype | None:
     """One of :data:`DTYPES`."""
     if text is None:
@@ -96,7 +113,8 @@ def dtype_of(text: str | None) -> torch.dtype | None:
     return found
 
 
-def _weight(text: str) -> float | Literal["auto"]:
+def weight_of(text: str) -> float | Literal["auto"]:
+    """``auto``, or a share of a blend."""
     if text == "auto":
         return "auto"
     try:

@@ -121,7 +121,7 @@ def test_our_errors_are_one_line_and_exit_code_1(run, tmp_path):
 def test_error_in_a_real_process_is_red_on_a_terminal(tmp_path):
     (tmp_path / "gradient_blueprint.json").write_text("{[red]}")
     done = subprocess.run(
-        [sys.executable, "-m", "fastgrad.cli", "blueprint", "validate", str(tmp_path)],
+        [sys.executable, "-m", "fastgrad.cli", "blueprint", "show", str(tmp_path)],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent,
         env=os.environ | {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "40"},
     )  # fmt: skip
@@ -239,12 +239,21 @@ def test_validate_and_schema(run, released, tmp_path):
     assert code == 0
     assert f"valid blueprint, schema {SCHEMA_VERSION}" in out
     code, out, _ = run("blueprint", "validate", released, "--json")
-    assert json.loads(out) == {"valid": True, "schema_version": SCHEMA_VERSION}
+    assert json.loads(out) == {
+        "path": str(released), "valid": True, "schema_version": SCHEMA_VERSION
+    }  # fmt: skip
     content = (released / "gradient_blueprint.json").read_text()
     (tmp_path / "x.json").write_text(content.replace(f'"{SCHEMA_VERSION}"', '"2.0.0"'))
-    code, _, err = run("blueprint", "validate", tmp_path / "x.json")
-    assert code == 1
-    assert "newer than this library" in err
+    code, out, err = run("blueprint", "validate", tmp_path / "x.json", released)
+    assert (code, err) == (3, "")
+    assert "newer than this library" in out
+    assert f"{released} is a valid blueprint" in out  # all are checked, also after a bad one
+    code, out, _ = run("blueprint", "validate", released, tmp_path / "x.json", "--json")
+    assert code == 3
+    assert [entry["valid"] for entry in json.loads(out)] == [True, False]
+    code, out, err = run("blueprint", "validate", released, tmp_path / "none")
+    assert (code, out) == (1, "")  # not judged: there is nothing to judge
+    assert "no file gradient_blueprint.json" in err or "there is no file none" in err
     assert run("blueprint", "schema") == (0, json_schema(), "")
 
 
@@ -258,9 +267,20 @@ def test_verify(run, released, tmp_path):
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1
     other.save_pretrained(tmp_path)
-    code, _, err = run("blueprint", "verify", released, "--model", tmp_path)
-    assert code == 1
-    assert err.count("sha256:") == 2
+    code, out, _ = run("blueprint", "verify", released, "--model", tmp_path)
+    assert code == 3
+    assert out.count("sha256:") == 2
+    code, out, _ = run("blueprint", "verify", released, "--model", tmp_path, "--json")
+    assert (code, json.loads(out)["verified"]) == (3, False)
+    data = json.loads((released / "gradient_blueprint.json").read_text())
+    data["model"]["weights_hash"] = data["block_vectors"] = None
+    (tmp_path / "unhashed.json").write_text(json.dumps(data))
+    code, out, _ = run("blueprint", "verify", tmp_path / "unhashed.json", "--model", released)
+    assert (code, "holds no hash" in out) == (4, True)
+    code, out, _ = run("blueprint", "verify", tmp_path / "unhashed.json", "--model", released,
+                       "--json")  # fmt: skip
+    assert (code, json.loads(out)["verified"]) == (4, None)
+    assert run("blueprint", "verify", released, "--model", tmp_path / "none")[0] == 2
 
 
 # -- select and plan -----------------------------------------------------------------------------

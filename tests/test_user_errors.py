@@ -63,7 +63,7 @@ def test_one_changed_byte_of_a_delta_is_found(tmp_path):
         (
             lambda: fg.Blueprint.from_pretrained("meta-llama/none"),
             fg.errors.BlueprintError,
-            "downloaded first",
+            "cannot be fetched from the hub",
         ),
     ],
 )

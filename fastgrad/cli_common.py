@@ -1,0 +1,150 @@
+"""What all verbs of the ``fastgrad`` command share: exit codes, printing, progress, arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+
+from fastgrad.cli_exit import BROKEN_PIPE
+from fastgrad.errors import FastgradError
+from fastgrad.files import atomic_path
+
+if TYPE_CHECKING:
+    from fastgrad.blueprint import Blueprint
+
+T = TypeVar("T")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+BlueprintRef = Annotated[
+    str,
+    typer.Argument(
+        metavar="BLUEPRINT",
+        help="A model's folder, gradient_blueprint.json, or a hub id such as org/name or "
+             "org/name@revision.",
+    ),
+]  # fmt: skip
+ModelRef = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A transformers model folder (config.json, weights, tokenizer), or a hub id such as "
+             "org/name or org/name@revision.",
+    ),
+]  # fmt: skip
+
+
+def emit(text: str, *, end: str = "\n") -> None:
+    """Text for standard output, as it is. A reader that went away (``| head``) ends the command
+    quietly."""
+    try:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered must not raise again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+
+
+def emit_json(value: Any) -> None:
+    """JSON for standard output."""
+    emit(json.dumps(value, indent=2, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """A line for standard error: neither markup nor wrapping."""
+    Console(stderr=True).print(text, markup=False, soft_wrap=True, highlight=False)
+
+
+def usage(text: str, option: str | None = None) -> NoReturn:
+    """Wrong usage: exit code 2.
+
+    Raises:
+        typer.BadParameter: always.
+    """
+    raise typer.BadParameter(text, param_hint=option)
+
+
+def track(items: Sequence[T], description: str) -> Iterator[T]:
+    """``items``, with a progress bar on standard error if that is a terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield from progress.track(items, description=description)
+
+
+def check_writable(path: Path) -> None:
+    """Before long work: a file can appear at ``path``. Leaves nothing behind.
+
+    Raises:
+        OSError: if not.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file to write")
+
+    class _OnlyATry(Exception):
+        pass
+
+    try:
+        with atomic_path(path):
+            raise _OnlyATry
+    except _OnlyATry:
+        pass
+
+
+def split_revision(reference: str) -> tuple[str, str | None]:
+    """``org/name@revision``, or a path, which may hold an @ too."""
+    if os.path.exists(reference) or "@" not in reference:
+        return reference, None
+    name, _, revision = reference.rpartition("@")
+    return name, revision or None
+
+
+def open_blueprint(reference: str) -> Blueprint:
+    """The blueprint of a folder, a file or a hub id.
+
+    Raises:
+        BlueprintError: if there is none that can be used.
+    """
+    from fastgrad.blueprint import Blueprint
+
+    name, revision = split_revision(reference)
+    return Blueprint.from_pretrained(name, revision=revision)
+
+
+def beside(reference: str) -> str:
+    """The model that a blueprint lies beside: its folder, or the same hub id."""
+    path = Path(reference)
+    if path.is_dir() or not path.exists():
+        return reference
+    return str(path.parent)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, without its list of two hundred classes."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error of ours as it is; another with its type and a remedy."""
+    line = " ".join(str(error).split())
+    if isinstance(error, FastgradError):
+        return line
+    return f"{type(error).__name__}: {line}. Remedy: another path, or room and rights there"

@@ -1,0 +1,156 @@
+"""``fastgrad blueprint card | push``: a blueprint beside its weights, for others to find."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastgrad.cli_common import BlueprintRef, Json, emit, emit_json, note, open_blueprint, usage
+from fastgrad.errors import MissingExtraError
+from fastgrad.model_card import Emissions, write_card
+
+if TYPE_CHECKING:
+    from fastgrad.blueprint import Blueprint
+
+
+def card(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL_DIR", exists=True, file_okay=False,
+                       help="A model's folder with gradient_blueprint.json in it."),
+    ],
+    figures: Annotated[
+        bool, typer.Option("--figures/--no-figures", help="Pictures into the folder and the card.")
+    ] = True,
+    emissions: Annotated[
+        float | None, typer.Option(min=0, help="Measured emissions, in grams of CO2 equivalent.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(min=0, help="Measured energy in kWh instead; with --carbon-intensity."),
+    ] = None,
+    carbon_intensity: Annotated[
+        float | None, typer.Option(min=0, help="Of the electricity, in grams per kWh.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="How emissions or energy were measured, in words.")
+    ] = None,
+    location: Annotated[
+        str | None, typer.Option(help="Where the emissions arose.")
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="On what hardware the emissions arose.")
+    ] = None,
+    training_type: Annotated[
+        str | None, typer.Option(help="What was measured: pre-training, fine-tuning, ...")
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write a section about the blueprint into the model card, README.md.
+
+    It stands between two markers and is replaced when written again; every other byte of the card
+    stays. Emissions are named only if they were measured and are given here.
+
+    Example: [bold]fastgrad blueprint card my-model/[/]
+
+    [bold]fastgrad blueprint card my-model/ --energy 1.4 --carbon-intensity 380 --source "meter"[/]
+    """
+    measured = _emissions(emissions, energy, carbon_intensity, source, location, hardware,
+                          training_type)  # fmt: skip
+    blueprint = open_blueprint(str(folder))
+    pictures = draw(blueprint, folder) if figures else {}
+    path = write_card(folder, blueprint, figures=pictures, emissions=measured)
+    if as_json:
+        emit_json({
+            "path": str(path), "figures": list(pictures.values()),
+            "co2_eq_emissions": None if measured is None else measured.metadata(),
+        })  # fmt: skip
+    else:
+        emit("\n".join(f"wrote {folder / name}" for name in [*pictures.values(), path.name]))
+        if measured is None:
+            note("nothing is said of emissions: none were given")
+
+
+def draw(blueprint: Blueprint, folder: Path) -> dict[str, str]:
+    """Pictures of a blueprint into ``folder``: caption -> file name.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+    """
+    from fastgrad.files import atomic_path
+    from fastgrad.plots import heat_map
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots") from error
+    found = [s for s in blueprint.submodules if s.rms is not None]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    heat_map(figure.subplots(), [s.name for s in found], [s.rms or 0.0 for s in found])
+    name = "gradient_blueprint_heat_map.png"
+    with atomic_path(folder / name) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+    return {"Gradient per weight, by module and layer": name}
+
+
+def _emissions(
+    grams: float | None, energy: float | None, intensity: float | None, source: str | None,
+    location: str | None, hardware: str | None, training_type: str | None,
+) -> Emissions | None:  # fmt: skip
+    if grams is not None and energy is not None:
+        usage("either --emissions or --energy: the one follows from the other", "--energy")
+    if (energy is None) != (intensity is None):
+        usage("--energy and --carbon-intensity go together: emissions are their product",
+              "--energy" if intensity is None else "--carbon-intensity")  # fmt: skip
+    more = {"location": location, "hardware": hardware, "training_type": training_type}
+    if grams is None and energy is None:
+        for name, value in {"source": source, **more}.items():
+            if value is not None:
+                usage("it is of emissions, and none are given: --emissions or --energy",
+                      f"--{name.replace('_', '-')}")  # fmt: skip
+        return None
+    if source is None:
+        usage("emissions need it: how they were measured, in words", "--source")
+    if grams is not None:
+        return Emissions(grams, source, **more)
+    assert energy is not None
+    assert intensity is not None
+    return Emissions.of_energy(energy * 3.6e6, intensity, source, **more)
+
+
+def push(
+    blueprint: BlueprintRef,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="org/name on the hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Of a repository that does not exist yet.")
+    ] = False,
+    pull_request: Annotated[
+        bool, typer.Option("--pull-request", help="As a pull request instead of a commit.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a blueprint into a model repository of the Hugging Face Hub, in one commit.
+
+    Nothing else in the repository changes. You must be logged in (hf auth login, or HF_TOKEN).
+
+    Example: [bold]fastgrad blueprint push my-model/ org/my-model[/]
+    """
+    done = open_blueprint(blueprint).push_to_hub(
+        repo_id, revision=revision, commit_message=message, private=private or None,
+        create_pr=pull_request,
+    )  # fmt: skip
+    if as_json:
+        emit_json({"repo_id": repo_id, "commit": done.oid, "url": str(done.commit_url),
+                   "pull_request": done.pr_url})  # fmt: skip
+    else:
+        emit(f"pushed to {done.pr_url or done.commit_url}")
+
+
+def add_release_verbs(app: typer.Typer) -> None:
+    """The verbs of a release, into ``fastgrad blueprint``."""
+    app.command("card")(card)
+    app.command("push")(push)
