@@ -20,6 +20,7 @@ from fastgrad.optim_arguments import (
     pairs,
     refuse,
 )
+from fastgrad.optim_prepared import PreparedStep, prepare, signature
 from fastgrad.sharded import agreed, is_sharded, local
 from fastgrad_kernels import ops
 from fastgrad_kernels.dispatch import capturing, keep, upload
@@ -113,7 +114,9 @@ class SparseAdamW(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
         }
-        self._fastgrad_written: set[int] = set()  # ids of the blocks that the last step wrote
+        # ids of the blocks that the last step wrote
+        self._fastgrad_written: set[int] | frozenset[int] = set()
+        self._forget()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -153,6 +156,9 @@ class SparseAdamW(Optimizer):
 
     def _step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        usual = scale is None and found is None and not torch.compiler.is_compiling()
+        if usual and self._step_again():
+            return
         self._check_layouts()
         if found is None:
             if self._initialised_for_a_checkpoint():
@@ -169,6 +175,41 @@ class SparseAdamW(Optimizer):
             (g, ps) for g in self.param_groups for ps in self._by_kind(g["params"])
         ):
             self._update(group, params, scale, found, number)
+        if usual:
+            self._prepare()
+
+    def _forget(self) -> None:
+        """Let go of what was kept for the next step."""
+        self._prepared: PreparedStep | None = None
+        self._stepped: list[Any] = []
+
+    def _prepare(self) -> None:
+        """Keep what a step like the one before and this one needs."""
+        stepped = signature(self)
+        self._prepared = prepare(self) if stepped == self._stepped else None
+        self._stepped = stepped
+
+    def _step_again(self) -> bool:
+        """The step before once more, with new gradients, if nothing else has changed."""
+        if self._prepared is None:
+            return False
+        grads = self._prepared.gradients(self)
+        if grads is None:
+            self._forget()
+            return False
+        looked_at = [
+            (key, grad)
+            for key, grad in zip(self._prepared.keys, grads, strict=True)
+            if self.param_groups[key[0]]["check_finite"]
+        ]
+        if looked_at:
+            self._raise_for([self._names(g)[i] for g, i in _nonfinite(looked_at)])
+        self._fastgrad_written = set()
+        for blocks in self._prepared.blocks:
+            blocks.check_untouched()
+        self._prepared(self, grads, _host_number)
+        self._fastgrad_written = self._prepared.written
+        return True
 
     def _update(
         self,
@@ -212,7 +253,7 @@ class SparseAdamW(Optimizer):
             if full.numel():
                 blocks = p._fastgrad_blocks
                 blocks.written() if done else blocks.write_again()
-                self._fastgrad_written.add(id(blocks))
+                self._fastgrad_written |= {id(blocks)}
 
     def _targets(self, params: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         """Full weight and block numbers of each parameter, empty tensors where there is nothing to
@@ -268,6 +309,10 @@ class SparseAdamW(Optimizer):
             [p for group in self.param_groups for p in group["params"]],
             lambda: [n for g in range(len(self.param_groups)) for n in self._names(g)],
         )
+        self._raise_for(bad)
+
+    @staticmethod
+    def _raise_for(bad: Sequence[str]) -> None:
         if bad:
             raise NonFiniteGradientError(bad, "No parameter and no state was changed.")
 
@@ -308,6 +353,7 @@ class SparseAdamW(Optimizer):
             group.setdefault("stochastic_rounding", False)
             group.setdefault("seed", 0)
         self.__dict__["_fastgrad_written"] = set()
+        self._forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch, but moments keep their precision: the base class would round them to
@@ -402,6 +448,10 @@ def _real(tensor: Tensor) -> Tensor:
 @keep
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return upload(torch.tensor(value, dtype=dtype, device="cpu"), device)
+
+
+def _host_number(value: float | Tensor) -> Tensor:
+    return _scalar(value, torch.float64, torch.device("cpu"))
 
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,11 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgrad_kernels.adamw_prepared import (
+    Hyper,
+    Prepared,
+    Write,
+    by_pieces,
+    can_be_prepared,
+    dense,
+    fused,
+    writer,
+)
 from fastgrad_kernels.layout import write_blocks_
 
 # Elements of a piece: 1 MiB of float32, an L2 cache.
@@ -24,17 +32,6 @@ PIECE = 1 << 18
 # fused update. Where runs have fewer elements than this on average (one costs about 3 µs, as much
 # as 8000 elements), blocks are sorted by count first, which costs two copies.
 RUN = 8192
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class _Hyper(NamedTuple):
-    lr: Tensor
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    maximize: bool
-
 
 class _Piece(NamedTuple):
     """Flat stretches ``[m]`` of parameter, gradient and moments; one step count, or ``[k]``, one
@@ -46,7 +43,7 @@ class _Piece(NamedTuple):
     exp_avg_sq: Tensor
     step: Tensor
     dice: torch.Generator | None
-    write: Callable[[slice], None] | None
+    write: Callable[[slice], Write] | None
     where: slice
 
 
@@ -71,27 +68,27 @@ def adamw_(
     """See :func:`fastgrad_kernels.ops.adamw_`."""
     if not params or (found_inf is not None and bool(found_inf != 0)):
         return
-    # PyTorch's kernel reads float32 on a GPU
-    hyper = _Hyper(lr.float() if lr.is_cuda else lr, beta1, beta2, eps, weight_decay, maximize)
-    torch._foreach_add_(list(steps), 1.0)
+    hyper = hyper_of(lr, beta1, beta2, eps, weight_decay, maximize)
+    columns = params, exp_avgs, exp_avg_sqs, steps
+    fast = () if grad_scale is not None else _fast(*columns, grads, fulls, ids)
+    if fast:
+        chosen = [[column[i] for i in fast] for column in (*columns, grads)]
+        over = [[column[i] for i in fast] if column else [] for column in (fulls, ids)]
+        Prepared(*chosen[:4], *over, piece=PIECE)(chosen[4], hyper)
+    slow = [i for i in range(len(params)) if i not in set(fast)]
+    if not slow:
+        return
+    torch._foreach_add_([steps[i] for i in slow], 1.0)
     queue = _Queue(hyper, grad_scale)
     finish: list[Callable[[], object]] = []
-    for i, (p, g, m, v, step) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-    ):
+    for i in slow:
+        p, g, m, v, step = params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], steps[i]
         if p.numel() == 0:
             continue
         full = fulls[i] if fulls and fulls[i].numel() else None
-        write = None if full is None else _writer(full, ids[i], p)
-        small = p.numel() <= PIECE and (write is not None or full is None)
-        if (
-            (full is None or small)
-            and step.numel() == 1
-            and grad_scale is None
-            and _plain(p, g, m, v)
-        ):
-            queue.add(_Piece(p, g, m, v, step, None, write, slice(0, p.numel())))
-            continue
+        write = None
+        if full is not None and by_pieces(full, ids[i], p):
+            write = writer(full, ids[i], p)
         flat, back = _flat(p, g, m, v, in_order=full is not None or step.numel() > 1)
         finish += [partial(target.copy_, result) for target, result in back]
         if full is not None and (back or write is None):
@@ -113,10 +110,63 @@ def adamw_(
         call()
 
 
+def prepare(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    fulls: Sequence[Tensor],
+    ids: Sequence[Tensor],
+) -> Prepared | None:
+    """A step of these tensors with all but the arithmetic done, or None where :func:`adamw_` has
+    to look at each tensor anew."""
+    rows = list(zip(params, exp_avgs, exp_avg_sqs, steps, strict=True))
+    targets = list(_targets(fulls, ids, len(rows)))
+    if all(can_be_prepared(*r, *t) for r, t in zip(rows, targets, strict=True)):
+        return Prepared(params, exp_avgs, exp_avg_sqs, steps, fulls, ids, PIECE)
+    return None
+
+
+def hyper_of(
+    lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool
+) -> Hyper:
+    """PyTorch's kernel reads float32 on a GPU."""
+    return Hyper(lr.float() if lr.is_cuda else lr, beta1, beta2, eps, weight_decay, maximize)
+
+
+def _targets(
+    fulls: Sequence[Tensor], ids: Sequence[Tensor], n: int
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    for i in range(n):
+        yield (fulls[i], ids[i]) if fulls and fulls[i].numel() else (None, None)
+
+
+def _fast(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    fulls: Sequence[Tensor],
+    ids: Sequence[Tensor],
+) -> list[int]:
+    """Places of the tensors that the fused update can take as they are."""
+    rows = zip(params, exp_avgs, exp_avg_sqs, steps, strict=True)
+    return [
+        i
+        for i, (row, target, g) in enumerate(
+            zip(rows, _targets(fulls, ids, len(params)), grads, strict=True)
+        )
+        if g.dtype == row[0].dtype
+        and g.stride() == row[0].stride()
+        and can_be_prepared(*row, *target)
+    ]
+
+
 class _Queue:
     """Small tensors share a call of the fused update, of about :data:`PIECE` elements."""
 
-    def __init__(self, hyper: _Hyper, grad_scale: Tensor | None) -> None:
+    def __init__(self, hyper: Hyper, grad_scale: Tensor | None) -> None:
         self.hyper, self.grad_scale = hyper, grad_scale
         self.pieces: list[_Piece] = []
         self.elements = 0
@@ -133,16 +183,6 @@ class _Queue:
         self.pieces, self.elements = [], 0
 
 
-def _plain(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> bool:
-    """The fused update, which walks through all four alike, can take them as they are."""
-    strides, dtype = p.stride(), p.dtype
-    return (
-        dtype == g.dtype == m.dtype == v.dtype
-        and strides == g.stride() == m.stride() == v.stride()
-        and _dense(p)
-    )
-
-
 def _flat(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, in_order: bool
 ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
@@ -153,19 +193,11 @@ def _flat(
     rows = [p, g, m, v]
     if all(t.is_contiguous() for t in rows):
         return [t.view(-1) for t in rows], []
-    alike = not in_order and all(t.stride() == p.stride() and _dense(t) for t in rows)
+    alike = not in_order and all(t.stride() == p.stride() and dense(t) for t in rows)
     if not alike:
         rows = [t.contiguous() for t in rows]
     back = [(a, b) for a, b in zip((p, m, v), (rows[0], *rows[2:]), strict=True) if a is not b]
     return [t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in rows], back
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Its elements fill one stretch of memory, each place once; others are not copied so."""
-    return (
-        tensor.is_contiguous()
-        or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-    )
 
 
 def _stretches(n: int, unit: int, counts: Tensor, piece: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -190,7 +222,7 @@ def _stretches(n: int, unit: int, counts: Tensor, piece: int) -> Iterator[tuple[
         first = last
 
 
-def _advance(pieces: Sequence[_Piece], hyper: _Hyper, grad_scale: Tensor | None) -> None:
+def _advance(pieces: Sequence[_Piece], hyper: Hyper, grad_scale: Tensor | None) -> None:
     """One step of all pieces, written through while they are in cache."""
     work = [x.param.to(x.exp_avg.dtype) for x in pieces]
     grads = [x.grad.to(x.exp_avg.dtype) for x in pieces]
@@ -212,21 +244,7 @@ def _advance(pieces: Sequence[_Piece], hyper: _Hyper, grad_scale: Tensor | None)
         sorted_ += [(into[k], copies[k], back) for k in (0, 2, 3)]
     if rows:
         p, g, m, v, count = (list(ts) for ts in zip(*rows, strict=True))
-        torch._fused_adamw_(
-            p,
-            g,
-            m,
-            v,
-            [],
-            count,
-            lr=hyper.lr,
-            beta1=hyper.beta1,
-            beta2=hyper.beta2,
-            weight_decay=hyper.weight_decay,
-            eps=hyper.eps,
-            amsgrad=False,
-            maximize=hyper.maximize,
-        )
+        fused(p, g, m, v, count, hyper)
     for target, copy, back in sorted_:
         torch.index_select(copy, 0, back, out=target)
     for x, w in zip(pieces, work, strict=True):
@@ -235,24 +253,7 @@ def _advance(pieces: Sequence[_Piece], hyper: _Hyper, grad_scale: Tensor | None)
         elif w is not x.param:
             x.param.copy_(w)
         if x.write is not None:
-            x.write(x.where)
-
-
-def _writer(full: Tensor, ids: Tensor, packed: Tensor) -> Callable[[slice], None] | None:
-    """Writes flat stretches of a packed tensor through to its weight; None where memory is laid
-    out so that only all of it can be written at once."""
-    if full.device.type != "cpu" or not packed.is_contiguous():
-        return None
-    if ids.numel():
-        return _blocks_writer(full, ids, packed)
-    if not full.is_contiguous():
-        return None
-    to, source = full.view(-1), packed.view(-1)
-
-    def write(where: slice) -> None:
-        to[where].copy_(source[where])
-
-    return write
+            x.write(x.where)()
 
 
 def _write_all(full: Tensor, ids: Tensor, packed: Tensor) -> None:
@@ -260,47 +261,6 @@ def _write_all(full: Tensor, ids: Tensor, packed: Tensor) -> None:
         write_blocks_(full, ids, packed, packed.shape[1], packed.shape[2])
     else:
         full.copy_(packed.reshape(full.shape))
-
-
-def _blocks_writer(full: Tensor, ids: Tensor, packed: Tensor) -> Callable[[slice], None]:
-    """Writes stretches of packed blocks ``[n, h, w]`` into a matrix.
-
-    NumPy copies the rows of a block as bytes; PyTorch's ``index_put_`` and ``index_copy_`` go
-    element by element, which takes up to seven times as long.
-    """
-    _, h, w = packed.shape
-    down, across = full.shape[0] // h, full.shape[1] // w  # whole blocks
-    bits = _BITS[full.element_size()]
-    view = full[: down * h, : across * w].unflatten(1, (-1, w)).unflatten(0, (-1, h))
-    target = view.permute(0, 2, 1, 3).view(bits).numpy()
-    rows, columns, cut_off = _places(ids, full.shape, h, w)
-
-    def write(where: slice) -> None:
-        part = slice(where.start // (h * w), where.stop // (h * w))
-        new, to = packed[part].to(full.dtype), (rows[part], columns[part])
-        if cut_off is not None:
-            cut, whole = cut_off[part], ~cut_off[part]
-            write_blocks_(full, ids[part][cut], new[cut], h, w)
-            new, to = new[whole], (to[0][whole.numpy()], to[1][whole.numpy()])
-        target[to] = new.view(bits).numpy()
-
-    return write
-
-
-def _places(
-    ids: Tensor, shape: Sequence[int], h: int, w: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor | None]:
-    """Row and column of each block in the grid, ``[n]``, and which ones an edge cuts off, if any.
-    They are kept with the block numbers, which stay the same for a training run."""
-    key = (*shape, h, w, ids.data_ptr(), 0 if ids.is_inference() else ids._version)
-    kept = getattr(ids, "_fastgrad_places", None)
-    if kept is None or kept[0] != key or ids.is_inference():
-        grid = -(-shape[1] // w)
-        i, j = ids // grid, ids % grid
-        cut_off = (i >= shape[0] // h) | (j >= shape[1] // w)
-        found = i.numpy(), j.numpy(), cut_off if bool(cut_off.any()) else None
-        kept = ids._fastgrad_places = (key, found)  # type: ignore[attr-defined]
-    return kept[1]
 
 
 def _generator(device: torch.device, key: tuple[int, int, int]) -> torch.Generator:
@@ -317,4 +277,4 @@ def _rounded_stochastically(x: Tensor, dice: torch.Generator) -> Tensor:
     return torch.where(torch.isfinite(x), moved.view(torch.float32), x).to(torch.bfloat16)
 
 
-__all__ = ["adamw_"]
+__all__ = ["adamw_", "hyper_of", "prepare"]
