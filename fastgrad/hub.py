@@ -85,6 +85,7 @@ class _Repository:
         return path, lambda name: self.fetch(name, commit, MAX_VECTOR_BYTES)
 
     def fetch(self, name: str, revision: str | None, limit: int) -> Path:
+        commit = None
         at = "" if revision is None else f" at revision {revision}"
         with _hub_errors(f"{name} cannot be fetched from the hub{at}", self.offline):
             if not self.offline:
@@ -97,13 +98,19 @@ class _Repository:
                     raise BlueprintError(
                         f"{name} is larger than {limit} bytes, which no blueprint is"
                     )
-                revision = found.commit_hash or revision
-            return Path(
-                self.hub.hf_hub_download(
-                    self.repo_id, name, revision=revision, token=self.token,
-                    cache_dir=self.cache_dir, local_files_only=self.offline,
-                )
-            )  # fmt: skip
+                commit = found.commit_hash
+            path = self.download(name, revision)  # notes in the cache what the revision stands for
+            if commit is not None and path.parent.name != commit:
+                path = self.download(name, commit)
+            return path
+
+    def download(self, name: str, revision: str | None) -> Path:
+        return Path(
+            self.hub.hf_hub_download(
+                self.repo_id, name, revision=revision, token=self.token, cache_dir=self.cache_dir,
+                local_files_only=self.offline,
+            )
+        )  # fmt: skip
 
 
 def push(
