@@ -166,9 +166,12 @@ class BlueprintLog:
         self.schedule = Schedule.of(at, steps, every)
         self.schedule.check(total_steps)
         self.held_out = HeldOut(validation_batches, examples, share)
-        if isinstance(model, nn.Module):
-            refuse_wrappers(model)
-            model = unwrapped(model)
+        if not isinstance(model, nn.Module):
+            raise FastgradError(
+                f"a BlueprintLog needs a model, not {type(model).__name__}. Remedy: load it first"
+            )
+        refuse_wrappers(model)
+        model = unwrapped(model)
         self.model, self.total_steps, self.partial, self.group = model, total_steps, partial, group
         self.domain_tags = list(domain_tags)
         self._options: dict[str, Any] = {
