@@ -134,20 +134,23 @@ def updated_card(
     _check(body)
     body = _with_metadata(body, _metadata(blueprint, emissions), newline)
     section = newline.join([BEGIN, *section_lines(blueprint, figures, emissions), END])
-    n_begin, n_end = body.count(BEGIN), body.count(END)
-    if (n_begin, n_end) == (0, 0):
-        gap = "" if not body else newline if body.endswith(newline) else newline * 2
-        body = f"{body}{gap}{section}{newline}"
-    elif (n_begin, n_end) == (1, 1) and body.index(BEGIN) < body.index(END):
-        start, end = body.index(BEGIN), body.index(END) + len(END)
-        body = body[:start] + section + body[end:]
+    match = _FRONT.search(body)
+    head = body[: 0 if match is None else match.end()]
+    rest = body[len(head) :]
+    counts = rest.count(BEGIN), rest.count(END)
+    start, end = rest.find(BEGIN), rest.find(END)
+    if counts == (0, 0):
+        gap = newline if rest.endswith(newline) or not rest else newline * 2
+        rest = f"{rest}{gap}{section}{newline}"
+    elif counts == (1, 1) and start < end:
+        rest = rest[:start] + section + rest[end + len(END) :]
     else:
         raise BlueprintError(
             f"the markers {BEGIN} and {END} are not there once each, in this order. Remedy: remove "
             "what is left of the section and its markers"
         )
-    _check(body)
-    return body
+    _check(head + rest)
+    return head + rest
 
 
 def _newline(text: str) -> str:
@@ -163,7 +166,8 @@ def _check(text: str) -> Any:
     except ImportError as error:
         raise MissingExtraError("huggingface_hub", "hf") from error
     try:
-        if not _FRONT.search(text):
+        match = _FRONT.search(text)
+        if match is None or not match[3].strip():
             return {}
         return huggingface_hub.ModelCard(text.removeprefix("\ufeff")).data.to_dict()
     except (ValueError, TypeError, yaml.YAMLError) as error:
@@ -193,7 +197,7 @@ def _with_metadata(text: str, entries: Mapping[str, Any], newline: str) -> str:
 
     match = _FRONT.search(text)
     inner = "" if match is None else match[3]
-    start, end = _span(inner, newline)
+    start, end = _span(inner)
     others = yaml.safe_load(inner[:start] + inner[end:]) or {}
     for key, value in entries.items():
         if key in others and others[key] != value:
@@ -212,19 +216,20 @@ def _with_metadata(text: str, entries: Mapping[str, Any], newline: str) -> str:
     return text[: begin + start] + block + text[begin + end :]
 
 
-def _span(inner: str, newline: str) -> tuple[int, int]:
+def _span(inner: str) -> tuple[int, int]:
     """Where our entries stand in the metadata, or would be added."""
-    counts = inner.count(META_BEGIN), inner.count(META_END)
-    if counts == (0, 0):
+    begins, ends = (
+        list(re.finditer(rf"^{re.escape(mark)}[ \t]*(?:\r?\n|\Z)", inner, re.MULTILINE))
+        for mark in (META_BEGIN, META_END)
+    )
+    if not begins and not ends:
         return len(inner), len(inner)
-    start, end = inner.find(META_BEGIN), inner.find(META_END)
-    if counts != (1, 1) or start > end:
+    if len(begins) != 1 or len(ends) != 1 or begins[0].start() > ends[0].start():
         raise BlueprintError(
             f"the comments {META_BEGIN} and {META_END} are not there once each, in this order, in "
             "the metadata. Remedy: remove what is left of them and what stands between"
         )
-    end += len(META_END)
-    return start, end + (len(newline) if inner.startswith(newline, end) else 0)
+    return begins[0].start(), ends[0].end()
 
 
 # -- the section ---------------------------------------------------------------------------------

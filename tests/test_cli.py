@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -116,20 +114,6 @@ def test_our_errors_are_one_line_and_exit_code_1(run, tmp_path):
     assert err.count("\n") == 1
     assert "no file gradient_blueprint.json" in err
     assert "Traceback" not in err
-
-
-def test_error_in_a_real_process_is_red_on_a_terminal(tmp_path):
-    (tmp_path / "gradient_blueprint.json").write_text("{[red]}")
-    done = subprocess.run(
-        [sys.executable, "-m", "fastgrad.cli", "blueprint", "show", str(tmp_path)],
-        capture_output=True, text=True, cwd=Path(__file__).parent.parent,
-        env=os.environ | {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "40"},
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "\x1b[31m" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
 
 
 def test_a_missing_extra_is_named(run, released, text_file, monkeypatch):
