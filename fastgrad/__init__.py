@@ -19,6 +19,9 @@ _PUBLIC = {
     "Coverage": "stats",
     "FlopPlanner": "flops",
     "GradientStats": "stats",
+    "JointCost": "joint",
+    "JointSelection": "jointly",
+    "MassMatrix": "mass",
     "MemoryPlanner": "planner",
     "Meter": "meter",
     "Partial": "partial",
@@ -30,8 +33,11 @@ _PUBLIC = {
     "SparseAdamW": "optim",
     "TrainingState": "sharded",
     "adam_preconditioned": "directions",
+    "diverse_top": "scores",
+    "example_scores": "scores",
     "gather": "distributed",
     "gradient_direction": "directions",
+    "influence_report": "influence",
     "k_star": "resources",
     "load_delta": "delta",
     "load_partial": "partial_state",
@@ -41,6 +47,7 @@ _PUBLIC = {
     "plan_memory": "planner",
     "save_delta": "delta",
     "select": "choosing",
+    "select_jointly": "jointly",
     "stack_deltas": "delta_stack",
     "step_in_backward": "in_backward",
     "weights_hash": "identity",
@@ -80,6 +87,11 @@ if TYPE_CHECKING:
     from fastgrad.flops import plan_flops as plan_flops
     from fastgrad.identity import weights_hash as weights_hash
     from fastgrad.in_backward import step_in_backward as step_in_backward
+    from fastgrad.influence import influence_report as influence_report
+    from fastgrad.joint import JointCost as JointCost
+    from fastgrad.jointly import JointSelection as JointSelection
+    from fastgrad.jointly import select_jointly as select_jointly
+    from fastgrad.mass import MassMatrix as MassMatrix
     from fastgrad.meter import Meter as Meter
     from fastgrad.optim import SparseAdamW as SparseAdamW
     from fastgrad.partial import Partial as Partial
@@ -91,6 +103,8 @@ if TYPE_CHECKING:
     from fastgrad.reselection_schedule import Reselection as Reselection
     from fastgrad.resources import CostModel as CostModel
     from fastgrad.resources import k_star as k_star
+    from fastgrad.scores import diverse_top as diverse_top
+    from fastgrad.scores import example_scores as example_scores
     from fastgrad.selection import Selection as Selection
     from fastgrad.sharded import TrainingState as TrainingState
     from fastgrad.stats import Coverage as Coverage

@@ -125,8 +125,8 @@ def select(
                              "GradientStats, or use random, magnitude, first or last")
     price = price_of(budget, model, optimizer, batch_shape, master_dtype)
     spec, specs = _granularity(source, model, blocks)
-    shapes, candidates = _parameters(source, model, ranking in MEASURED)
-    candidates = _filtered(candidates, shapes, include, exclude)
+    shapes, candidates = parameters_of(source, model, ranking in MEASURED)
+    candidates = filtered_names(candidates, shapes, include, exclude)
     grids = {name: grid_of(name, shapes[name], spec, specs) for name in candidates}
     scores = block_scores(source, model, ranking, grids, seed, direction)
     ranked = Ranked(grids, scores, largest)
@@ -205,10 +205,11 @@ def _granularity(
     return condensed(resolve(model, blocks))
 
 
-def _parameters(
-    source: Blueprint | GradientStats | None, model: nn.Module | None, measured: bool
+def parameters_of(
+    source: Blueprint | GradientStats | None, model: nn.Module | None, measured: bool = True
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Shapes of all parameters of the model, and the names of those that may be chosen."""
+    """Shapes of all parameters of the model, and the names of those that may be chosen:
+    measured ones, if ``measured``, that require a gradient."""
     known = {} if source is None else dict(zip(source.names, source.shapes, strict=True))
     if model is None:
         if source is None:
@@ -250,12 +251,13 @@ def _measured_names(source: Blueprint | GradientStats) -> set[str]:
     return {s.name for s in source.submodules if s.grad_norm is not None}
 
 
-def _filtered(
+def filtered_names(
     candidates: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
 ) -> list[str]:
+    """The candidates that pass both lists of patterns."""
     for argument, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise SelectionError(f"{argument} is a list of patterns; write [{patterns!r}]")

@@ -200,7 +200,7 @@ class GradientStats:
                 "no example was recorded: probe with per_example=True and run at "
                 "least one backward pass"
             )
-        return np.sqrt(self.sq) * self._factor(scale)
+        return np.sqrt(self.sq) * self.factor(scale)
 
     @property
     def T(self) -> Array:
@@ -215,7 +215,7 @@ class GradientStats:
         """
         row = self.index(name)
         if name in self.block_sq:
-            return np.sqrt(self.block_sq[name].astype(np.float64)) * self._factor(scale)
+            return np.sqrt(self.block_sq[name].astype(np.float64)) * self.factor(scale)
         if self.grid(name).is_whole:
             return self.influence(scale)[row : row + 1]
         if name in self.unloaded:
@@ -225,7 +225,12 @@ class GradientStats:
             )
         raise StatsError(f"no block detail was kept for {name}; probe with a detail pattern for it")
 
-    def _factor(self, scale: Scale) -> Array:
+    def factor(self, scale: Scale) -> Array:
+        """``[E]``: what turns a contribution into a gradient at another scale.
+
+        Raises:
+            StatsError: for a scale that is unknown, or that this measurement cannot give.
+        """
         if scale == "contribution":
             return np.ones(self.n_examples)
         if scale not in ("example_mean", "example_sum"):
@@ -316,7 +321,7 @@ class GradientStats:
         """With weights w_j of the examples in their backward pass's loss (contribution c_j is
         w_j times the gradient of the example's own mean loss): ``Σ_j w_j²`` over everything, and
         the sum over passes of ``Σ_{j≠k} w_j w_k``."""
-        factor = self._factor("example_mean")
+        factor = self.factor("example_mean")
         weights = np.divide(1.0, factor, out=np.zeros_like(factor), where=factor > 0)
         squares = float((weights**2).sum())
         totals = np.bincount(self.batch, weights, self.n_batches)
