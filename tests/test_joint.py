@@ -256,7 +256,7 @@ def test_the_sampler_draws_chosen_rows_alone():
 
 def test_a_dataset_of_the_hub_kind_is_selected_from():
     datasets = pytest.importorskip("datasets")
-    model, x, y, stats = setting()
+    model, *_, stats = setting()
     chosen = fg.select_jointly(stats, 0.3, 0.25, model=model)
     rows = datasets.Dataset.from_dict({"row": list(range(40))})
     assert chosen.subset(rows)["row"][:] == chosen.example_ids.tolist()
