@@ -9,16 +9,16 @@ import typer
 
 import fastgrad
 from fastgrad.cli_blueprint import blueprint_app
-from fastgrad.cli_common import emit
+from fastgrad.cli_common import emit, verb
 from fastgrad.cli_compare import add_compare_verbs, staleness_command
 from fastgrad.cli_delta import delta_app
-from fastgrad.cli_exit import MEANING
+from fastgrad.cli_exit import SHORT
 from fastgrad.cli_plan import plan
 from fastgrad.cli_probe import probe
 from fastgrad.cli_release import add_release_verbs
 from fastgrad.cli_select import select_command
 
-_CODES = "; ".join(f"{code} {meaning.split(':')[0]}" for code, meaning in MEANING.items())
+_CODES = ", ".join(f"{code} {meaning}" for code, meaning in SHORT.items())
 
 app = typer.Typer(
     help="Measure where a model's gradient is concentrated, and train only there.",
@@ -46,17 +46,17 @@ def _options(
     pass
 
 
-app.command("probe")(probe)
+verb(app, "probe")(probe)
 add_compare_verbs(blueprint_app)
 add_release_verbs(blueprint_app)
 app.add_typer(blueprint_app, name="blueprint")
-app.command("staleness")(staleness_command)
-app.command("select")(select_command)
-app.command("plan")(plan)
+verb(app, "staleness")(staleness_command)
+verb(app, "select")(select_command)
+verb(app, "plan")(plan)
 app.add_typer(delta_app, name="delta")
 
 
-@app.command("quickstart")
+@verb(app, "quickstart")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for all results.")] = Path("quickstart-out"),
     fast: Annotated[bool, typer.Option("--fast", help="Smaller, in under 90 seconds.")] = False,

@@ -17,6 +17,7 @@ from fastgrad.cli_common import (
     note,
     open_blueprint,
     split_revision,
+    verb,
 )
 from fastgrad.cli_exit import NO, UNDECIDED
 from fastgrad.cli_models import load_model
@@ -27,7 +28,7 @@ blueprint_app = typer.Typer(
 )
 
 
-@blueprint_app.command("create")
+@verb(blueprint_app, "create")
 def create(
     stats: Annotated[
         Path,
@@ -65,7 +66,7 @@ def create(
         note(f"wrote {path}")
 
 
-@blueprint_app.command("show")
+@verb(blueprint_app, "show")
 def show(blueprint: BlueprintRef, as_json: Json = False) -> None:
     """Show what a blueprint says. With --json, the file's own text.
 
@@ -78,7 +79,7 @@ def show(blueprint: BlueprintRef, as_json: Json = False) -> None:
         emit(found.summary())
 
 
-@blueprint_app.command("validate")
+@verb(blueprint_app, "validate")
 def validate(
     blueprints: Annotated[
         list[str],
@@ -116,7 +117,7 @@ def validate(
         raise typer.Exit(NO)
 
 
-@blueprint_app.command("verify")
+@verb(blueprint_app, "verify")
 def verify(
     blueprint: BlueprintRef,
     model: Annotated[
@@ -154,7 +155,7 @@ def verify(
         raise typer.Exit(code)
 
 
-@blueprint_app.command("schema")
+@verb(blueprint_app, "schema")
 def schema() -> None:
     """Print the JSON Schema of the file.
 

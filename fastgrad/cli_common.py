@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fastgrad.blueprint import Blueprint
 
 T = TypeVar("T")
+Verb = TypeVar("Verb", bound=Callable[..., None])
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 BlueprintRef = Annotated[
@@ -38,6 +41,19 @@ ModelRef = Annotated[
              "org/name or org/name@revision.",
     ),
 ]  # fmt: skip
+
+
+def verb(app: typer.Typer, name: str) -> Callable[[Verb], Verb]:
+    """Register a function as a verb. Its docstring is the help, each paragraph as wide as the
+    screen."""
+
+    def register(function: Verb) -> Verb:
+        paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(function.__doc__ or ""))
+        help_text = "\n\n".join(" ".join(p.split()) for p in paragraphs)
+        app.command(name, help=help_text)(function)
+        return function
+
+    return register
 
 
 def emit(text: str, *, end: str = "\n") -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastgrad.cli_common import BlueprintRef, Json, emit, emit_json, note, open_blueprint
+from fastgrad.cli_common import BlueprintRef, Json, emit, emit_json, note, open_blueprint, verb
 from fastgrad.cli_exit import NO, UNDECIDED
 from fastgrad.cli_values import weight_of
 
@@ -101,4 +101,4 @@ def blend(
 
 def add_compare_verbs(app: typer.Typer) -> None:
     """The verbs of several measurements, into ``fastgrad blueprint``."""
-    app.command("blend")(blend)
+    verb(app, "blend")(blend)

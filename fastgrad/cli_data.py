@@ -7,7 +7,9 @@ Padding, and the prompt of a pair, are no labels.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,8 +45,12 @@ class Sample:
     """The examples chosen, and what became of the rest."""
 
     examples: list[Example]
-    source: str
+    origin: dict[str, Any]  # an entry of meta["data"]["datasets"], see fastgrad.data_sources
     notes: list[str] = field(default_factory=list)
+
+    def meta(self) -> dict[str, Any]:
+        """The entry that the blueprint quotes: which data, and how many examples of it."""
+        return {k: v for k, v in self.origin.items() if v} | {"n_examples": len(self.examples)}
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,13 @@ def read_examples(data: str, reading: Reading, kind: Kind, tokenizer: Any) -> Sa
     path = Path(data)
     if path.is_file() and path.suffix not in _RECORDS:
         return _text(path, reading, kind, tokenizer)
-    n, record = _lines(path) if path.is_file() else _data_set(data, reading)
+    n, record, origin = _lines(path) if path.is_file() else _data_set(data, reading)
     if kind == "encoder-decoder" and reading.target is None:
         usage("an encoder-decoder model is trained on pairs: name the record's field of the answer",
               "--target")  # fmt: skip
-    return _records(data, n, record, reading, kind, tokenizer)
+    sample = _records(data, n, record, reading, kind, tokenizer)
+    sample.origin = origin
+    return sample
 
 
 # -- text ----------------------------------------------------------------------------------------
@@ -101,7 +109,13 @@ def _text(path: Path, reading: Reading, kind: Kind, tokenizer: Any) -> Sample:
         raise ProbeError(f"{path} has {len(ids)} tokens, fewer than one row of {length}. Remedy: "
                          "more text, or a smaller --length")
     rows = [ids[i * length : (i + 1) * length] for i in _spread(n, reading.limit)]
-    return Sample([Example(r, r, [False] * length) for r in rows], str(path))
+    return Sample([Example(r, r, [False] * length) for r in rows], _origin_of_file(path))
+
+
+def _origin_of_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "revision": f"sha256:{digest}"}
 
 
 def _spread(n: int, limit: int) -> list[int]:
@@ -116,9 +130,9 @@ def _spread(n: int, limit: int) -> list[int]:
 Record = Callable[[Sequence[int]], Iterator[tuple[str, Any]]]
 
 
-def _lines(path: Path) -> tuple[int, Record]:
-    """Number of records of a JSON Lines file, and what reads some of them: the file is read twice
-    instead of being held in memory."""
+def _lines(path: Path) -> tuple[int, Record, dict[str, Any]]:
+    """Number of records of a JSON Lines file, what reads some of them (the file is read twice
+    instead of being held in memory), and which file it is."""
     with path.open("rb") as file:
         n = sum(1 for line in file if line.strip())
 
@@ -139,10 +153,10 @@ def _lines(path: Path) -> tuple[int, Record]:
                         "object in each line, UTF-8"
                     ) from None
 
-    return n, read
+    return n, read, _origin_of_file(path)
 
 
-def _data_set(data: str, reading: Reading) -> tuple[int, Record]:
+def _data_set(data: str, reading: Reading) -> tuple[int, Record, dict[str, Any]]:
     path = Path(data)
     if not path.is_dir() and (path.suffix in _FILES or data.startswith((".", "/", "~"))):
         usage(f"there is no file or folder {data!r}", "DATA")
@@ -173,13 +187,20 @@ def _data_set(data: str, reading: Reading) -> tuple[int, Record]:
         for i in chosen:
             yield f"{data} row {i}", found[i]
 
-    return len(found), read
+    # A folder's own name alone; of a hub's data set the commit that its files came from.
+    sources = " ".join(getattr(found.info, "download_checksums", None) or {})
+    commit = re.search(r"@([0-9a-f]{40})/", sources)
+    return len(found), read, {
+        "name": path.resolve().name if path.is_dir() else data, "subset": reading.subset,
+        "split": str(found.split) if found.split else reading.split,
+        "revision": commit[1] if commit else None,
+    }  # fmt: skip
 
 
 def _records(
     data: str, n: int, read: Record, reading: Reading, kind: Kind, tokenizer: Any
 ) -> Sample:
-    sample = Sample([], data)
+    sample = Sample([], {"name": data})
     cut = empty = 0
     for where, record in read(_spread(n, reading.limit)):
         text = _text_of(record, reading.field, where, "--field")

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fastgrad.cli_common import Json, emit, emit_json, usage
+from fastgrad.cli_common import Json, emit, emit_json, usage, verb
+from fastgrad.cli_models import transformers_module
 from fastgrad.cli_values import shard_size_of
 
 delta_app = typer.Typer(
@@ -20,7 +21,7 @@ DeltaPath = Annotated[
 ]
 
 
-@delta_app.command("info")
+@verb(delta_app, "info")
 def info(path: DeltaPath, as_json: Json = False) -> None:
     """Show what a delta changes and which weights it belongs to.
 
@@ -61,7 +62,7 @@ def info(path: DeltaPath, as_json: Json = False) -> None:
     emit("\n".join(lines))
 
 
-@delta_app.command("stack")
+@verb(delta_app, "stack")
 def stack(
     paths: Annotated[
         list[Path], typer.Argument(metavar="DELTA...", help="In the order they were trained.")
@@ -82,7 +83,7 @@ def stack(
         emit(f"wrote {output}, {size:,} bytes")
 
 
-@delta_app.command("apply")
+@verb(delta_app, "apply")
 def apply(
     base: Annotated[
         Path,
@@ -108,6 +109,8 @@ def apply(
     if size is not None and not (base / "config.json").is_file():
         usage("it is of a transformers model, and this folder has no config.json: its files are "
               "copied as they are", "--max-shard-size")  # fmt: skip
+    if (base / "config.json").is_file():
+        transformers_module()  # without its progress bars
     made = merge_delta(base, path, output, max_shard_size=size)
     if as_json:
         files = sorted(p.name for p in made.iterdir())

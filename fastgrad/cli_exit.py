@@ -10,6 +10,15 @@ UNDECIDED = 4
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+SHORT = {
+    OK: "done",
+    REFUSED: "refused",
+    USAGE: "wrong usage",
+    NO: "a check says no",
+    UNDECIDED: "a check cannot tell",
+    INTERRUPTED: "interrupted",
+    BROKEN_PIPE: "the reader went away",
+}
 MEANING = {
     OK: "done; of a check: the answer is yes",
     REFUSED: "refused: one line on standard error says why and what to do",

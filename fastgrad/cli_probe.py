@@ -98,6 +98,10 @@ def probe(
             net.zero_grad(set_to_none=True)
             net(**batch).loss.backward()
     stats = measuring.stats()
+    stats.meta["data"] = {
+        "datasets": [sample.meta()],
+        **({"seed": seed or 0} if kind == "masked" else {}),
+    }  # fmt: skip
     stats.save(output)
     statuses = [c.status for c in stats.coverage_list]
     coverage = {s: statuses.count(s) for s in sorted(set(statuses))}

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastgrad.cli_common import BlueprintRef, Json, emit, emit_json, note, open_blueprint, usage
+from fastgrad.cli_common import (
+    BlueprintRef,
+    Json,
+    emit,
+    emit_json,
+    note,
+    open_blueprint,
+    usage,
+    verb,
+)
 from fastgrad.errors import MissingExtraError
 from fastgrad.model_card import Emissions, write_card
 
@@ -21,18 +30,21 @@ def card(
         typer.Argument(metavar="MODEL_DIR", exists=True, file_okay=False,
                        help="A model's folder with gradient_blueprint.json in it."),
     ],
-    figures: Annotated[
-        bool, typer.Option("--figures/--no-figures", help="Pictures into the folder and the card.")
-    ] = True,
+    no_figures: Annotated[
+        bool, typer.Option("--no-figures", help="No pictures into the folder and the card.")
+    ] = False,
     emissions: Annotated[
-        float | None, typer.Option(min=0, help="Measured emissions, in grams of CO2 equivalent.")
+        float | None,
+        typer.Option(min=0, metavar="GRAMS", help="Measured emissions: CO2 equivalent."),
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(min=0, help="Measured energy in kWh instead; with --carbon-intensity."),
+        typer.Option(min=0, metavar="KWH",
+                     help="Measured energy instead; with --carbon-intensity."),
     ] = None,
     carbon_intensity: Annotated[
-        float | None, typer.Option(min=0, help="Of the electricity, in grams per kWh.")
+        float | None,
+        typer.Option(min=0, metavar="G_PER_KWH", help="Of the electricity that was used."),
     ] = None,
     source: Annotated[
         str | None, typer.Option(help="How emissions or energy were measured, in words.")
@@ -60,7 +72,7 @@ def card(
     measured = _emissions(emissions, energy, carbon_intensity, source, location, hardware,
                           training_type)  # fmt: skip
     blueprint = open_blueprint(str(folder))
-    pictures = draw(blueprint, folder) if figures else {}
+    pictures = draw(blueprint, folder) if not no_figures else {}
     path = write_card(folder, blueprint, figures=pictures, emissions=measured)
     if as_json:
         emit_json({
@@ -152,5 +164,5 @@ def push(
 
 def add_release_verbs(app: typer.Typer) -> None:
     """The verbs of a release, into ``fastgrad blueprint``."""
-    app.command("card")(card)
-    app.command("push")(push)
+    verb(app, "card")(card)
+    verb(app, "push")(push)

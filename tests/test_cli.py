@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -15,20 +16,20 @@ from fastgrad import cli
 from fastgrad.blueprint import Blueprint
 from fastgrad.blueprint_schema import SCHEMA_VERSION, json_schema
 from fastgrad.choosing import select
+from fastgrad.cli_docs import page, verbs
+from fastgrad.cli_exit import MEANING, SHORT
 from fastgrad.selection import Selection
 from fastgrad.stats import GradientStats
 from tests.models import MODELS, VOCAB, randomised
 
-COMMANDS = [
-    ["blueprint", "create"], ["blueprint", "show"], ["blueprint", "validate"],
-    ["blueprint", "verify"], ["blueprint", "schema"], ["select"], ["plan"], ["probe"],
-    ["quickstart"],
-]  # fmt: skip
+ROOT = Path(__file__).parent.parent
+VERBS = dict(verbs())
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """Run a command in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "80")
 
     def call(*args):
         code = 0
@@ -87,11 +88,59 @@ def released(llama_dir, text_file):
 # -- help, version, errors -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_shows_an_example(run, command):
+@pytest.mark.parametrize("path", VERBS)
+def test_help_shows_an_example(run, path):
+    command = path.split()[1:]
     code, out, _ = run(*command, "--help")
     assert code == 0
-    assert f"Example: fastgrad {' '.join(command)}" in " ".join(out.split())
+    assert f"Example: {path}" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+    if path not in ("fastgrad blueprint schema", "fastgrad quickstart"):
+        assert "--json" in out
+
+
+def test_help_names_the_exit_codes(run):
+    code, out, _ = run("--help")
+    text = " ".join(out.split())
+    assert code == 0
+    assert set(SHORT) == set(MEANING)
+    for number, meaning in SHORT.items():
+        assert f"{number} {meaning}" in text
+
+
+def test_the_page_of_the_command_is_up_to_date():
+    assert (ROOT / "docs" / "cli.md").read_text() == page(), (
+        "make it anew: python -m fastgrad.cli_docs > docs/cli.md"
+    )
+
+
+def examples():
+    """Commands in the help of a verb, in the README and in the guides."""
+    for path, verb in VERBS.items():
+        yield from ((path, e) for e in re.findall(r"(fastgrad [^`\[\n]+)", verb.help or ""))
+    for page_ in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page_.read_text()
+        for line in re.findall(r"^fastgrad .*$", "\n".join(re.findall(
+            r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+        )), re.MULTILINE):  # fmt: skip
+            yield page_.name, line
+
+
+def test_every_example_has_options_that_exist():
+    found = 0
+    for where, line in examples():
+        words = line.split("#")[0].split()
+        path = max((v for v in VERBS if words[: len(v.split())] == v.split()), key=len,
+                   default=None)  # fmt: skip
+        if path is None or "[OPTIONS]" in words:
+            assert "|" in line or "[OPTIONS]" in words or where in VERBS, f"{where}: {line}"
+            continue
+        known = {o for p in VERBS[path].params for o in (*p.opts, *p.secondary_opts)}
+        for word in words:
+            if word.startswith("-"):
+                assert word.rstrip(".,") in known, f"{where}: {line}"
+        found += 1
+    assert found >= len(VERBS)
 
 
 def test_version(run):
@@ -105,6 +154,29 @@ def test_usage_errors_are_exit_code_2(run, released):
     assert run("plan", released, "--master", "int8")[0] == 2
     assert run("select", released, "--fraction", "0.1", "--local",
                released / "stats.safetensors", "--weight", "some")[0] == 2  # fmt: skip
+
+
+def test_an_option_that_would_change_nothing_is_refused(run, released, tmp_path):
+    target = tmp_path / "sel.json"
+    for options, needed in (
+        (["--batch", "2x8"], "--memory or --flops"),
+        (["--optimizer", "adamw"], "--memory or --flops"),
+        (["--master", "float32"], "--memory"),
+        (["--weight", "0.5"], "--local"),
+        (["--seed", "0"], "--ranking random"),
+    ):
+        code, out, err = run("select", released, "--fraction", 0.2, *options, "-o", target)
+        assert (code, out) == (2, "")
+        assert f"it goes with {needed}" in " ".join(err.replace("│", " ").split())
+        assert not target.exists()
+    code, _, err = run("select", released, "--flops", "1T", "--batch", "1x8", "--master",
+                       "float32", "-o", target)  # fmt: skip
+    assert (code, "it goes with --memory" in err) == (2, True)
+    assert run("select", released, "--ranking", "random", "--seed", 3, "--fraction", 0.2,
+               "-o", target)[0] == 0  # fmt: skip
+    assert Selection.load(target) == select(
+        Blueprint.from_pretrained(released), ranking="random", seed=3, fraction=0.2
+    )
 
 
 def test_our_errors_are_one_line_and_exit_code_1(run, tmp_path):
@@ -267,6 +339,49 @@ def test_verify(run, released, tmp_path):
     assert run("blueprint", "verify", released, "--model", tmp_path / "none")[0] == 2
 
 
+def test_staleness(run, released, text_file, tmp_path):
+    stats = released / "stats.safetensors"
+    code, out, _ = run("staleness", released, stats)
+    assert code == 0
+    found = Blueprint.from_pretrained(released).staleness(GradientStats.load(stats))
+    assert out.startswith(f"{found.verdict}: {found.reason}\n")
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    code, out, _ = run("staleness", released, stats, "--json")
+    assert json.loads(out) == found.to_dict()
+    few = tmp_path / "few"
+    assert run("probe", released, text_file, "--length", 16, "--limit", 2, "-o", few)[0] == 0
+    code, out, _ = run("staleness", released, few)
+    assert (code, out.startswith("sample too small: ")) == (4, True)
+    other = save_model(tmp_path / "other", "gpt2")
+    assert run("probe", other, text_file, "--length", 16, "-o", few)[0] == 0
+    code, out, _ = run("staleness", released, few)
+    assert (code, out.startswith("different model: ")) == (3, True)
+    code, out, err = run("staleness", released, tmp_path / "none")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+
+
+def test_blend(run, released, tmp_path):
+    local = released / "stats.safetensors"
+    code, out, err = run("blueprint", "blend", released, local, "-o", tmp_path, "--weight", 0.25,
+                         "--domain", "mine", "--created", "2025-03-04", "--json")  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["blend_weight"] == 0.25
+    made = Blueprint.from_pretrained(tmp_path)
+    expected = Blueprint.from_pretrained(released).blend(
+        GradientStats.load(local), 0.25, domain_tags=["mine"]
+    )
+    assert made.block_sq.keys() == expected.block_sq.keys()
+    found, wanted = made.scores(), expected.scores()
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert found[name] == pytest.approx(values)
+    assert made.file.provenance.created == "2025-03-04"
+    assert made.domain_tags == expected.domain_tags
+    assert run("blueprint", "blend", released, local, "-o", tmp_path, "--weight", "x")[0] == 2
+    code, _, err = run("blueprint", "blend", released, local, "-o", tmp_path, "--weight", 2)
+    assert (code, "[0, 1]" in err) == (1, True)
+
+
 # -- select and plan -----------------------------------------------------------------------------
 
 
@@ -379,6 +494,33 @@ def test_plan(run, released, tmp_path):
     assert halved["terms_bytes"]["weights"] * 2 == fg.plan_memory(model).terms["weights"]
     code, _, err = run("plan", config_only, "--optimizer", "lion")
     assert (code, "unknown optimizer" in err) == (1, True)
+
+
+# -- delta ---------------------------------------------------------------------------------------
+
+
+def test_shard_sizes(run, released, tmp_path):
+    model = _loaded(released)
+    partial = fg.make_partial(model, select(Blueprint.from_pretrained(released), fraction=0.2))
+    with torch.no_grad():
+        for p in partial.parameters():
+            p.add_(1)
+    partial.sync()
+    delta, plain = tmp_path / "delta.safetensors", tmp_path / "plain"
+    fg.save_delta(partial, delta)
+    for size in ("much", "5 XB", "0GB", "-5GB", "0", "5GiB"):
+        code, _, err = run("delta", "apply", released, delta, "-o", tmp_path / "out",
+                           "--max-shard-size", size)  # fmt: skip
+        assert (code, "is no size" in err) == (2, True), size
+        assert not (tmp_path / "out").exists()
+    code, _, err = run("delta", "apply", released, delta, "-o", tmp_path / "out",
+                       "--max-shard-size", "10kb")  # fmt: skip
+    assert code == 0, err
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    plain.mkdir()
+    code, _, err = run("delta", "apply", plain, delta, "-o", tmp_path / "out2", "--max-shard-size",
+                       "5GB")  # fmt: skip
+    assert (code, "no config.json" in err) == (2, True)
 
 
 # -- quickstart ----------------------------------------------------------------------------------
