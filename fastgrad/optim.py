@@ -116,7 +116,7 @@ class SparseAdamW(Optimizer):
         }
         # ids of the blocks that the last step wrote
         self._fastgrad_written: set[int] | frozenset[int] = set()
-        self._forget()
+        self.forget_step()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -178,8 +178,12 @@ class SparseAdamW(Optimizer):
         if usual:
             self._prepare()
 
-    def _forget(self) -> None:
-        """Let go of what was kept for the next step."""
+    def forget_step(self) -> None:
+        """Let go of what is kept for steps with the same tensors; the next one finds it anew.
+
+        Never needed for a right result, only to free the memory of tensors that were taken out of
+        the optimizer by hand before the next step does.
+        """
         self._prepared: PreparedStep | None = None
         self._stepped: list[Any] = []
 
@@ -195,7 +199,7 @@ class SparseAdamW(Optimizer):
             return False
         grads = self._prepared.gradients(self)
         if grads is None:
-            self._forget()
+            self.forget_step()
             return False
         looked_at = [
             (key, grad)
@@ -353,7 +357,7 @@ class SparseAdamW(Optimizer):
             group.setdefault("stochastic_rounding", False)
             group.setdefault("seed", 0)
         self.__dict__["_fastgrad_written"] = set()
-        self._forget()
+        self.forget_step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch, but moments keep their precision: the base class would round them to

@@ -16,6 +16,9 @@ from fastgrad.optim_arguments import MOMENTS
 from fastgrad_kernels import adamw_cpu
 from fastgrad_kernels.adamw_prepared import Prepared
 
+_PLAIN = {Tensor, nn.Parameter}
+_NOTHING: dict[str, Any] = {}
+
 
 class _List(NamedTuple):
     """What one update call takes: of one group, the parameters at ``places`` among those that have
@@ -24,6 +27,12 @@ class _List(NamedTuple):
     group: int
     places: list[int]
     prepared: Prepared
+
+
+class _Look(NamedTuple):
+    seen: list[Any]
+    grads: list[Tensor]
+    objects: list[Any]
 
 
 class PreparedStep:
@@ -38,26 +47,25 @@ class PreparedStep:
     def __init__(
         self,
         keys: list[tuple[int, int]],
-        seen: list[Any],
+        look: _Look,
         lists: list[_List],
         blocks: list[Any],
         targeted: list[Any],
-        held: list[Any],
     ) -> None:
-        self.keys, self._seen, self._lists, self.blocks = keys, seen, lists, blocks
+        self.keys, self._lists, self.blocks = keys, lists, blocks
         self._targeted = targeted
         self.written = frozenset(id(b) for b in targeted)
-        self._held = held  # what is compared by id has to live on
+        self._seen, self._held = look.seen, look.objects  # what is known by its id has to live on
 
     def gradients(self, optimizer: Any) -> list[Tensor] | None:
         """Gradients in order, or None if something is not as it was and has to be looked at."""
-        found, grads, _ = _look(optimizer)
-        if found != self._seen:
+        now = _look(optimizer)
+        if now is None or now.seen != self._seen:
             return None
         for entry in self._lists:
-            if not entry.prepared.takes([grads[i] for i in entry.places]):
+            if not entry.prepared.takes([now.grads[i] for i in entry.places]):
                 return None
-        return grads
+        return now.grads
 
     def __call__(self, optimizer: Any, grads: Sequence[Tensor], scalar: Any) -> None:
         """Update and write through. ``scalar`` makes a tensor of a learning rate."""
@@ -74,42 +82,37 @@ class PreparedStep:
             blocks.written()
 
 
-def _look(optimizer: Any) -> tuple[list[Any], list[Tensor], list[Any]]:
+def _look(optimizer: Any) -> _Look | None:
     """What must not change between two steps, as numbers; the gradients; the objects behind the
-    numbers.
+    numbers. None where tensors are more than memory (shards, fakes).
 
-    Places in memory tell of ``tensor.data = ...``, of a model or a state that was moved or loaded;
-    the version of block numbers of a change in place.
+    Places in memory tell of ``tensor.data = ...``, of a model or a state that was moved; the
+    version of block numbers of a change in place. Lists are gone through in one pass each: this
+    is asked at each step.
     """
-    seen: list[Any] = []
-    grads: list[Tensor] = []
-    objects: list[Any] = []
-    state = optimizer.state
-    for group in optimizer.param_groups:
-        seen.append(len(group["params"]))
-        for p in group["params"]:
-            seen.append(id(p))
-            grad = p.grad
-            if grad is None:
-                seen.append(None)
-                continue
-            grads.append(grad)
-            own = state.get(p) or {}
-            m, v, step = own.get(MOMENTS[0]), own.get(MOMENTS[1]), own.get("step")
-            if type(grad) is not Tensor or type(m) is not Tensor or type(v) is not Tensor:
-                return [], [], []
-            seen += (
-                p.data_ptr(), p.stride(), id(m), m.data_ptr(), id(v), v.data_ptr(), id(step),
-                grad.device,
-            )  # fmt: skip
-            objects += (p, m, v, step)
-            blocks = p.__dict__.get("_fastgrad_blocks")
-            if blocks is not None:
-                full, ids = blocks.full, blocks.ids
-                version = 0 if ids.is_inference() else ids._version
-                seen += (id(blocks), id(full), full.data_ptr(), full.stride(), id(ids), version)
-                objects += (blocks, full, ids)
-    return seen, grads, objects
+    groups = [g["params"] for g in optimizer.param_groups]
+    every = [p for params in groups for p in params]
+    found = [p.grad for p in every]
+    grads = [g for g in found if g is not None]
+    params = [p for p, g in zip(every, found, strict=True) if g is not None]
+    states = [optimizer.state.get(p, _NOTHING) for p in params]
+    moments = [t for s in states for t in (s.get(MOMENTS[0]), s.get(MOMENTS[1]))]
+    steps = [s.get("step") for s in states]
+    blocks = [b for p in params if (b := p.__dict__.get("_fastgrad_blocks")) is not None]
+    fulls, ids = [b.full for b in blocks], [b.ids for b in blocks]
+    placed = [*params, *moments, *fulls]
+    if not {*map(type, placed), *map(type, grads)} <= _PLAIN:
+        return None
+    objects = [*every, *moments, *steps, *blocks, *fulls, *ids]
+    seen = [
+        [len(params) for params in groups],
+        [g is None for g in found],
+        [id(o) for o in objects],
+        [t.data_ptr() for t in placed],
+        [t.stride() for t in placed],
+        [None if t.is_inference() else t._version for t in ids],
+    ]
+    return _Look(seen, grads, objects)
 
 
 def signature(optimizer: Any) -> list[Any]:
@@ -122,10 +125,10 @@ def signature(optimizer: Any) -> list[Any]:
 def prepare(optimizer: Any) -> PreparedStep | None:
     """After a step: the same step prepared, or None where it has to be looked at each time."""
     every = [p for g in optimizer.param_groups for p in g["params"]]
-    if not all(type(p) in (Tensor, nn.Parameter) and p.device.type == "cpu" for p in every):
+    look = _look(optimizer)
+    if look is None or not look.grads:
         return None
-    seen, grads, held = _look(optimizer)
-    if not grads or any(p.is_complex() for p in every):
+    if not all(type(p) in _PLAIN and p.is_cpu and not p.is_complex() for p in every):
         return None
     keys: list[tuple[int, int]] = []
     lists: list[_List] = []
@@ -144,7 +147,9 @@ def prepare(optimizer: Any) -> PreparedStep | None:
             targets = optimizer._targets(params)
             prepared = adamw_cpu.prepare(
                 params,
-                *([s[key] for s in states] for key in (*MOMENTS, "step")),
+                [s[MOMENTS[0]] for s in states],
+                [s[MOMENTS[1]] for s in states],
+                [s["step"] for s in states],
                 [full for full, _ in targets],
                 [ids for _, ids in targets],
             )
@@ -152,7 +157,5 @@ def prepare(optimizer: Any) -> PreparedStep | None:
                 return None
             lists.append(_List(g, [place for place, _ in chosen], prepared))
             with_blocks += [b for b in blocks if b is not None]
-            targeted += [
-                b for b, (full, _) in zip(blocks, targets, strict=False) if full.numel()
-            ]
-    return PreparedStep(keys, seen, lists, with_blocks, targeted, held)
+            targeted += [b for b, (full, _) in zip(blocks, targets, strict=False) if full.numel()]
+    return PreparedStep(keys, look, lists, with_blocks, targeted)

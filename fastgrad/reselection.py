@@ -26,11 +26,13 @@ from fastgrad.layouts import (
     check_optimizer,
     migrated,
 )
+from fastgrad.optim import SparseAdamW
 from fastgrad.packed import PackedBlocks, check_owner, install
 from fastgrad.partial import as_it_stands, check_fits, mark_trained, owners_of
 from fastgrad.selection import Selection
 from fastgrad.step_guard import (
     DESELECTED,
+    HELD,
     IN_BACKWARD,
     NAME,
     NOT_TOLD,
@@ -272,6 +274,7 @@ def _make(
         name, full, selection.grid(name), torch.from_numpy(selection.blocks[name]),
         master_dtype or full.dtype, by_block=bool(all_by_block), values=values,
     )  # fmt: skip
+    plan.new_blocks.keeps_dtype = master_dtype is not None
     plan.new = plan.new_blocks.packed
 
 
@@ -351,7 +354,8 @@ def _change_model(
             continue
         trained[plan.name] = plan.new
         if plan.new is plan.full:
-            mark_trained(plan.full, plan.name)
+            places = owners[id(plan.full)]
+            mark_trained(plan.full, plan.name, places, partial.master_dtype)
             continue
         assert plan.new_blocks is not None
         packed.append(plan.new_blocks)
@@ -372,6 +376,8 @@ def _change_optimizers(
             plan.holder.optimizer.state.pop(plan.old, None)
             if plan.new is not None and plan.state is not None:
                 plan.holder.optimizer.state[plan.new] = plan.state
+            if isinstance(plan.holder.optimizer, SparseAdamW):
+                plan.holder.optimizer.forget_step()  # which holds what leaves
     for group, order in zip(groups, orders, strict=True):
         names = group.get("param_names") or [None] * len(group["params"])
         entries: list[tuple[Any, str | None]] = []
@@ -411,6 +417,7 @@ def _release(plan: _Plan) -> None:
         return
     if plan.old_blocks is None:  # a weight of the model
         old.__dict__.pop(NAME, None)
+        old.__dict__.pop(HELD, None)
         return
     plan.old_blocks.watched = False
     old.__dict__.pop("_fastgrad_blocks", None)

@@ -26,12 +26,14 @@ from fastgrad_kernels.adamw_prepared import (
 )
 from fastgrad_kernels.layout import write_blocks_
 
-# Elements of a piece: 1 MiB of float32, an L2 cache.
-PIECE = 1 << 18
+# Elements of a piece: 2 MiB of float32, with gradient and moments 8, part of an L3 cache. Smaller
+# ones lose more at the ends of calls, where threads wait for each other, than an L2 cache gains.
+PIECE = 1 << 19
 # Blocks with step counts of their own: a run of blocks of one count is a tensor of its own to the
 # fused update. Where runs have fewer elements than this on average (one costs about 3 µs, as much
 # as 8000 elements), blocks are sorted by count first, which costs two copies.
 RUN = 8192
+
 
 class _Piece(NamedTuple):
     """Flat stretches ``[m]`` of parameter, gradient and moments; one step count, or ``[k]``, one
@@ -69,13 +71,18 @@ def adamw_(
     if not params or (found_inf is not None and bool(found_inf != 0)):
         return
     hyper = hyper_of(lr, beta1, beta2, eps, weight_decay, maximize)
-    columns = params, exp_avgs, exp_avg_sqs, steps
-    fast = () if grad_scale is not None else _fast(*columns, grads, fulls, ids)
-    if fast:
-        chosen = [[column[i] for i in fast] for column in (*columns, grads)]
-        over = [[column[i] for i in fast] if column else [] for column in (fulls, ids)]
-        Prepared(*chosen[:4], *over, piece=PIECE)(chosen[4], hyper)
-    slow = [i for i in range(len(params)) if i not in set(fast)]
+    tensors = params, exp_avgs, exp_avg_sqs, steps, fulls, ids
+    simple: list[int] = []
+    if grad_scale is None:
+        simple = [
+            i
+            for i in _simple(*tensors)
+            if grads[i].dtype == params[i].dtype and grads[i].stride() == params[i].stride()
+        ]
+    if simple:
+        p, m, v, s, f, b = ([column[i] for i in simple] if column else [] for column in tensors)
+        Prepared(p, m, v, s, f, b, PIECE)([grads[i] for i in simple], hyper)
+    slow = sorted({*range(len(params))} - {*simple})
     if not slow:
         return
     torch._foreach_add_([steps[i] for i in slow], 1.0)
@@ -119,12 +126,25 @@ def prepare(
     ids: Sequence[Tensor],
 ) -> Prepared | None:
     """A step of these tensors with all but the arithmetic done, or None where :func:`adamw_` has
-    to look at each tensor anew."""
-    rows = list(zip(params, exp_avgs, exp_avg_sqs, steps, strict=True))
-    targets = list(_targets(fulls, ids, len(rows)))
-    if all(can_be_prepared(*r, *t) for r, t in zip(rows, targets, strict=True)):
-        return Prepared(params, exp_avgs, exp_avg_sqs, steps, fulls, ids, PIECE)
-    return None
+    to look at some tensor each time."""
+    tensors = params, exp_avgs, exp_avg_sqs, steps, fulls, ids
+    return Prepared(*tensors, PIECE) if len(_simple(*tensors)) == len(params) else None
+
+
+def _simple(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    fulls: Sequence[Tensor],
+    ids: Sequence[Tensor],
+) -> list[int]:
+    """Places of the tensors that the fused update can take as they are."""
+    return [
+        i
+        for i, row in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, strict=True))
+        if can_be_prepared(*row, *((fulls[i], ids[i]) if fulls else (None, None)))
+    ]
 
 
 def hyper_of(
@@ -132,35 +152,6 @@ def hyper_of(
 ) -> Hyper:
     """PyTorch's kernel reads float32 on a GPU."""
     return Hyper(lr.float() if lr.is_cuda else lr, beta1, beta2, eps, weight_decay, maximize)
-
-
-def _targets(
-    fulls: Sequence[Tensor], ids: Sequence[Tensor], n: int
-) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    for i in range(n):
-        yield (fulls[i], ids[i]) if fulls and fulls[i].numel() else (None, None)
-
-
-def _fast(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    fulls: Sequence[Tensor],
-    ids: Sequence[Tensor],
-) -> list[int]:
-    """Places of the tensors that the fused update can take as they are."""
-    rows = zip(params, exp_avgs, exp_avg_sqs, steps, strict=True)
-    return [
-        i
-        for i, (row, target, g) in enumerate(
-            zip(rows, _targets(fulls, ids, len(params)), grads, strict=True)
-        )
-        if g.dtype == row[0].dtype
-        and g.stride() == row[0].stride()
-        and can_be_prepared(*row, *target)
-    ]
 
 
 class _Queue:

@@ -45,9 +45,7 @@ class _Call(NamedTuple):
     steps: list[Tensor]
     writes: list[Write]
 
-    def add(
-        self, tensors: Sequence[Tensor], grad: tuple[int, slice | None], step: Tensor
-    ) -> None:
+    def add(self, tensors: Sequence[Tensor], grad: tuple[int, slice | None], step: Tensor) -> None:
         for column, tensor in zip((self.params, *self[2:4]), tensors, strict=True):
             column.append(tensor)
         self.grads.append(grad)
@@ -164,7 +162,7 @@ def can_be_prepared(
         and p.dtype == m.dtype == v.dtype
         and p.stride() == m.stride() == v.stride()
         and dense(p)
-        and (full is None or (ids is not None and by_pieces(full, ids, p)))
+        and (full is None or ids is None or full.numel() == 0 or by_pieces(full, ids, p))
     )
 
 

@@ -89,7 +89,8 @@ def scatter_blocks_(
 ) -> Tensor:
     """Write packed blocks into ``matrix`` in place, rounding to its dtype; padding is dropped."""
     for view, i, j, where, h, w in _groups(matrix, ids, block_rows, block_cols):
-        view[i, :, j, :] = packed[where, :h, :w].to(matrix.dtype)
+        blocks = packed if where.numel() == ids.numel() else packed[where]  # a copy
+        view[i, :, j, :] = blocks[:, :h, :w].to(matrix.dtype)
     return matrix
 
 
