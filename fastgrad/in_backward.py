@@ -215,12 +215,13 @@ class InBackward:
 
     def _looks_like_a_checkpoint(self, p: Tensor) -> bool:
         """SparseAdamW takes a first step at rate zero for the initialisation of its state, if all
-        gradients are zero, and does not count it: one gradient alone does not tell."""
+        gradients are zero, and does not count it: one gradient alone does not tell, nor one group
+        at rate zero."""
         optimizer = self.optimizer
         return (
             isinstance(optimizer, SparseAdamW)
             and not optimizer.state
-            and not any(bool(g["lr"] != 0) for g in optimizer.param_groups)
+            and not bool(self._find(p)[0]["lr"] != 0)
             and p.grad is not None
             and not bool(p.grad.any())
         )

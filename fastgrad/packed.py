@@ -8,6 +8,7 @@ through to the full weight after each optimizer step. Nothing else about the mod
 
 from __future__ import annotations
 
+import sys
 from functools import wraps
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.blocks import BlockGrid
+from fastgrad.conversion import convert
 from fastgrad.errors import PartialError
 from fastgrad.identity import PACKED_SUFFIX
-from fastgrad.readings import check_own, read
+from fastgrad.readings import check_own, is_reading_of, read
 from fastgrad.sparse_layers import SparseRows, linear
 from fastgrad_kernels.layout import gather_blocks, matrix_view, write_blocks_
 
@@ -34,7 +36,10 @@ class PackedBlocks:
         by_block: packed block by block even if all blocks are selected, since an optimizer counts
             steps per block.
         watched: belongs to a live :class:`~fastgrad.partial.Partial`; copies of a model do not.
+        keeps_dtype: a dtype was asked for, which ``model.to(dtype)`` does not change.
     """
+
+    keeps_dtype = False
 
     def __init__(
         self,
@@ -185,6 +190,15 @@ def packed_attribute(attribute: str) -> str:
     return attribute + PACKED_SUFFIX
 
 
+_GET_PARAMETER = nn.Module.get_parameter.__code__
+
+
+def _wants_parameter() -> bool:
+    """``get_parameter(name)`` reads an attribute and takes nothing but a parameter; so the caller
+    of whoever asks this is looked at."""
+    return not torch.compiler.is_compiling() and sys._getframe(2).f_code is _GET_PARAMETER
+
+
 def sharded() -> Any:
     """What several processes need, which builds on this file."""
     from fastgrad import sharded
@@ -223,7 +237,7 @@ class PartialModule(nn.Module):
         if blocks is None or sharded().is_sharded(value):
             return value
         blocks.sync_if_stale()
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or _wants_parameter():
             return value
         return read(value, self._parameters[packed_attribute(name)], blocks)
 
@@ -231,6 +245,8 @@ class PartialModule(nn.Module):
         # fully_shard puts other tensors in place this way, around every pass of the module; so
         # does load_state_dict(assign=True), while the packed parameters are out of the way.
         blocks = self.__dict__.get("_fastgrad_packed", {}).get(name)
+        if blocks is not None and is_reading_of(value, blocks):
+            return  # one.weight = other.weight, which are one already
         if (
             type(blocks) is PackedBlocks
             and value is not blocks.full
@@ -269,6 +285,10 @@ class PartialModule(nn.Module):
         if self._fastgrad_fast == "embedding":
             return SparseRows.apply(packed, x, full, blocks, self.padding_idx)
         return linear(x, full, packed, self.bias, blocks, self._fastgrad_fast == "conv1d")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        convert(self, fn, lambda: super(PartialModule, self)._apply(fn, recurse), PACKED_SUFFIX)
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made on the spot: pickle and deepcopy find it by the class underneath.

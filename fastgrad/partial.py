@@ -13,13 +13,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastgrad import sharded
+from fastgrad.conversion import Held
 from fastgrad.errors import PartialError, SelectionError
-from fastgrad.identity import PACKED_SUFFIX, model_parameters, reshard, weights_hash
+from fastgrad.identity import (
+    PACKED_SUFFIX,
+    model_parameters,
+    reshard,
+    sharded_modules,
+    weights_hash,
+)
 from fastgrad.packed import PackedBlocks, PartialModule, check_owner, install, uninstall
 from fastgrad.selection import Selection
 from fastgrad.step_guard import (
     BEFORE,
     ENDED,
+    HELD,
     NAME,
     REMOVED,
     SUSPENDED,
@@ -74,9 +82,9 @@ class Partial:
         model's order.
 
         Raises:
-            PartialError: after :meth:`remove`.
+            PartialError: after :meth:`remove`, or if the model holds other tensors by now.
         """
-        self._check()
+        self._check_held()
         yield from sharded.current(self.model, self._trained)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -96,7 +104,11 @@ class Partial:
         changes, before the next forward pass. Needed only after changes that PyTorch does not
         count, such as those through ``.data``.
         """
-        self._check()
+        self._check_held()
+        self._check_ties()
+        self._sync()
+
+    def _sync(self) -> None:
         reshard(self.model)
         for blocks in self.packed:
             blocks.sync()
@@ -201,6 +213,7 @@ class Partial:
                 parameter was replaced inside.
         """
         self._check_active("suspend it")
+        self._check_held()
         sharded.check_not_sharded(self.model, "suspended()")
         for blocks in self.packed:
             blocks.sync_if_stale()
@@ -241,7 +254,7 @@ class Partial:
         Returns the model."""
         self._check_active("remove it")
         sharded.check_not_sharded(self.model, "remove()")
-        self.sync()
+        self._sync()
         self._uninstall()
         for blocks in self.packed:
             blocks.watched = False
@@ -250,6 +263,7 @@ class Partial:
         own = model_parameters(self.model)
         for name, p in own.items():
             p.__dict__.pop(NAME, None)
+            p.__dict__.pop(HELD, None)
             resume(p)
             if name in self._requires_grad:  # added since then: not ours to judge
                 p.requires_grad_(self._requires_grad[name])
@@ -299,6 +313,32 @@ class Partial:
                 "model. Remedy: call make_partial again and build a new optimizer"
             )
 
+    def _check_held(self) -> None:
+        """Raises PartialError if what is trained is not what the model holds."""
+        self._check()
+        if self._is_suspended or next(sharded_modules(self.model), None) is not None:
+            return
+        for name, p in self._trained.items():
+            if "_fastgrad_blocks" in p.__dict__:
+                continue
+            if NAME not in p.__dict__:  # its contents were exchanged, and the marks with them
+                owners = owners_of(self.model).get(id(p), ())
+                p.__dict__ |= {NAME: name, HELD: Held(owners, self.master_dtype)}
+            if (why := p.__dict__[HELD].lost(p)) is not None:
+                raise PartialError(f"{name} {why}")
+
+    def _check_ties(self) -> None:
+        """Raises PartialError if a module reads packed weights and does not know it."""
+        owners = owners_of(self.model)
+        for blocks in self.packed:
+            for module, attribute in owners.get(id(blocks.full), ()):
+                if attribute not in module.__dict__.get("_fastgrad_packed", {}):
+                    raise PartialError(
+                        f"{blocks.name} was tied to another {type(module).__name__} after "
+                        "make_partial: the gradient of its blocks there would be lost. Remedy: "
+                        "tie weights before make_partial"
+                    )
+
     def _check_active(self, what: str) -> None:
         self._check()
         if self._is_suspended:
@@ -333,7 +373,9 @@ def make_partial(
         model: any module; not already partial.
         selection: made for this model.
         master_dtype: dtype of the trained tensors, ``torch.float32`` to keep full-precision
-            master copies of bfloat16 weights; by default that of each weight.
+            master copies of bfloat16 weights; by default that of each weight. Masters keep it
+            when the model is converted (``model.to(torch.bfloat16)``); whole weights that had it
+            already have no copy to keep, and are refused after such a conversion.
         hash_base: compute the content hash of the weights (one read of them), which
             :func:`fastgrad.save_delta` needs and which is compared with the selection's.
         allow_other_weights: accept a selection that was made for other weights.
@@ -399,12 +441,13 @@ def build(
     for name, ids in selection.blocks.items():
         p = own[name]
         if as_it_stands(selection, name, p, master_dtype, by_block):
-            trained[name] = mark_trained(p, name)
+            trained[name] = mark_trained(p, name, owners[id(p)], master_dtype)
             continue
         blocks = PackedBlocks(
             name, p, selection.grid(name), torch.from_numpy(ids), master_dtype or p.dtype,
             by_block=name in by_block, values=None if values is None else values.get(name),
         )  # fmt: skip
+        blocks.keeps_dtype = master_dtype is not None
         for module, attribute in owners[id(p)]:
             install(module, attribute, blocks)
         packed.append(blocks)
@@ -431,10 +474,15 @@ def as_it_stands(
     )
 
 
-def mark_trained(p: nn.Parameter, name: str) -> nn.Parameter:
-    """``p``, trained as it stands."""
+def mark_trained(
+    p: nn.Parameter,
+    name: str,
+    owners: Sequence[tuple[nn.Module, str]],
+    master_dtype: torch.dtype | None,
+) -> nn.Parameter:
+    """``p``, trained as it stands by the modules that hold it."""
     p.requires_grad_(True)
-    p.__dict__[NAME] = name
+    p.__dict__ |= {NAME: name, HELD: Held(owners, master_dtype)}
     p.__dict__.pop(ENDED, None)
     return p
 

@@ -9,6 +9,7 @@ are read one by one or all at once are served without knowing the modules.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class Reading(Tensor):
     """The values of a weight, which remember where they were read."""
 
     _source: Source | None  # None: the whole weight is trained, its gradient is dense
+    _blocks: PackedBlocks
 
     @classmethod
     def __torch_function__(
@@ -55,7 +57,8 @@ class Reading(Tensor):
         rule = _RULES.get(func)
         with torch._C.DisableTorchFunctionSubclass():
             if rule is not None and (torch.is_grad_enabled() or rule in (_deepcopy, _reduce)):
-                out = rule(*args, **kwargs)
+                named = _named(rule, args, kwargs)
+                out = NotImplemented if named is None else rule(*args, **named)
                 if out is not NotImplemented:
                     return out
             return func(*args, **kwargs)
@@ -73,7 +76,13 @@ def read(full: Any, packed: Any, blocks: PackedBlocks) -> Tensor:
         return values
     reading = values.as_subclass(Reading)
     reading._source = None if blocks.whole else Source(full, packed, blocks)
+    reading._blocks = blocks
     return reading
+
+
+def is_reading_of(value: Any, blocks: PackedBlocks) -> bool:
+    """What :func:`read` has returned for these blocks, not something computed from it."""
+    return isinstance(value, Reading) and value.__dict__.get("_blocks") is blocks
 
 
 def check_own(full: Any, packed: Any, blocks: PackedBlocks) -> None:
@@ -106,6 +115,23 @@ def _source(value: Any, *others: Any) -> Source | None:
     return value.__dict__.get("_source")  # a result of .to(), say, is a reading of nothing
 
 
+def _named(
+    rule: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Keyword arguments by the rule's names; None for a form of the call that it does not know,
+    which is left to PyTorch (``out_dtype=``, deprecated orders, a mistake)."""
+    signature, positional = _FORMS[rule]
+    if not kwargs and len(args) in positional:  # the usual one
+        return kwargs
+    names = signature.parameters
+    named = {k if k in names else _ALSO_CALLED.get(k, k): v for k, v in kwargs.items()}
+    try:
+        signature.bind(*args, **named)
+    except TypeError:
+        return None
+    return named
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     source = _source(weight, input)
     if source is None or source.full.ndim != 2:
@@ -121,10 +147,14 @@ def _matmul(input: Tensor, other: Tensor) -> Any:
     return linear(input, source.full, source.packed, None, source.blocks, straight)
 
 
+def _mm(input: Tensor, other: Tensor) -> Any:
+    return _matmul(input, other) if input.ndim == 2 else NotImplemented
+
+
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
     source = _source(mat2, mat1)
     columns = mat2.shape[-1:]
-    if source is None or (beta, alpha) != (1, 1) or input.shape != columns:
+    if source is None or (beta, alpha) != (1, 1) or input.shape != columns or mat1.ndim != 2:
         return NotImplemented
     return linear(
         mat1, source.full, source.packed, _plain(input), source.blocks, not source.transposed
@@ -166,8 +196,8 @@ def _conv(
     )  # fmt: skip
 
 
-def _getitem(self: Tensor, index: Any) -> Any:
-    source = _source(self)
+def _getitem(input: Tensor, index: Any) -> Any:
+    source = _source(input)
     if source is None or source.transposed or source.full.ndim < 2:
         return NotImplemented
     if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32):
@@ -181,35 +211,36 @@ def _getitem(self: Tensor, index: Any) -> Any:
 
 
 def _grouped_mm(
-    mat_a: Tensor, mat_b: Tensor, *, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    input: Tensor, other: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
-    source = _source(mat_b, mat_a)
-    if source is None or source.full.ndim != 3 or mat_a.ndim != 2:
+    source = _source(other, input)
+    if source is None or source.full.ndim != 3 or input.ndim != 2:
         return NotImplemented
     if offs is None or bias is not None or out_dtype is not None:
         return NotImplemented
-    return grouped_mm(mat_a, source.full, source.packed, offs, source.blocks, source.transposed)
+    return grouped_mm(input, source.full, source.packed, offs, source.blocks, source.transposed)
 
 
-def _flipped(self: Tensor) -> Any:
+def _flipped(input: Tensor) -> Any:
     """The weight with its last two dimensions exchanged, still a reading."""
-    source = _source(self)
+    source = _source(input)
     if source is None:
         return NotImplemented
-    flipped = self.as_subclass(Tensor).transpose(-2, -1).as_subclass(Reading)
+    flipped = input.as_subclass(Tensor).transpose(-2, -1).as_subclass(Reading)
     flipped._source = replace(source, transposed=not source.transposed)
     return flipped
 
 
-def _flipped_matrix(self: Tensor) -> Any:
-    return _flipped(self) if self.ndim == 2 else NotImplemented
+def _flipped_matrix(input: Tensor) -> Any:
+    return _flipped(input) if input.ndim == 2 else NotImplemented
 
 
-def _transpose(self: Tensor, dim0: Any, dim1: Any) -> Any:
-    if not (isinstance(dim0, int) and isinstance(dim1, int)):
+def _transpose(input: Tensor, dim0: Any, dim1: Any) -> Any:
+    n = input.ndim
+    if not all(isinstance(d, int) and -n <= d < n for d in (dim0, dim1)):
         return NotImplemented
-    last_two = {dim0 % self.ndim, dim1 % self.ndim} == {self.ndim - 2, self.ndim - 1}
-    return _flipped(self) if last_two else NotImplemented
+    last_two = {dim0 % n, dim1 % n} == {n - 2, n - 1}
+    return _flipped(input) if last_two else NotImplemented
 
 
 def _deepcopy(self: Tensor, memo: Any) -> Tensor:
@@ -241,8 +272,22 @@ _RULES: dict[Any, Callable[..., Any]] = {
     Tensor.mT.__get__: _flipped,  # type: ignore[attr-defined]
     torch.t: _flipped_matrix,
     Tensor.t: _flipped_matrix,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.mm, Tensor.mm), _mm),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _conv),
 }
 
-__all__ = ["Reading", "check_own", "read"]
+
+def _form(rule: Callable[..., Any]) -> tuple[inspect.Signature, range]:
+    """The rule's arguments, and how many of them may come by position."""
+    signature = inspect.signature(rule)
+    ordinary = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    least = sum(p.default is p.empty for p in ordinary)
+    return signature, range(least, len(ordinary) + 1)
+
+
+_FORMS = {rule: _form(rule) for rule in set(_RULES.values())}
+#: Names that some functions have for an argument that others call differently.
+_ALSO_CALLED = {"mat2": "other", "self": "input"}
+
+__all__ = ["Reading", "check_own", "is_reading_of", "read"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ from fastgrad.reselection import GroupOf, Report
 from fastgrad.selection import Selection
 from fastgrad.staleness import Staleness
 from fastgrad.stats import GradientStats
+from fastgrad.step_guard import is_pending
 
 Choose = Callable[[nn.Module, GradientStats | None], Selection]
 Measure = Callable[[nn.Module], GradientStats]
@@ -59,6 +61,7 @@ class Reselection:
         steps: optimizer steps so far.
         looks: how often ``measure`` or ``choose`` was called.
         done: re-selections so far.
+        late: a look was due at a step that a GradScaler skipped: the next step makes up for it.
         verdict: of the last look, with a reference.
 
     Raises:
@@ -87,11 +90,15 @@ class Reselection:
         self.partial, self.optimizer, self.choose = partial, optimizer, choose
         self.every, self.measure, self.group_of = every, measure, group_of
         self.steps = self.looks = self.done = 0
+        self.late = False
         self.verdict: Staleness | None = None
         self._reference = _compact(reference)
 
     def step(self) -> Report | None:
         """Count one optimizer step; look, and re-select, where it is time.
+
+        A step that a GradScaler skipped for infinite gradients leaves these unused, and new blocks
+        would lack their part of them: the look is put off to the next step.
 
         Returns:
             what was re-selected, or None.
@@ -100,7 +107,10 @@ class Reselection:
             SelectionError: if ``measure`` looked at another model, or ``choose`` chose for one.
             PartialError: see :meth:`fastgrad.Partial.reselect`; the step is not counted then.
         """
-        if (self.steps + 1) % self.every:
+        due = self.late or (self.steps + 1) % self.every == 0
+        if due and self._skipped():
+            self.late, due = True, False
+        if not due:
             self.steps += 1
             return None
         stats, chosen, verdict, reference = None, None, None, self._reference
@@ -117,9 +127,14 @@ class Reselection:
         if chosen is not None:
             report = self.partial.reselect(chosen, self.optimizer, group_of=self.group_of)
             self.done += 1
-        self.steps, self.looks = self.steps + 1, self.looks + 1
+        self.steps, self.looks, self.late = self.steps + 1, self.looks + 1, False
         self.verdict, self._reference = verdict, reference
         return report
+
+    def _skipped(self) -> bool:
+        """Gradients are there that no step was made with, and some are not finite."""
+        pending = [p.grad for p in self.partial.parameters() if is_pending(p)]
+        return not all(bool(torch.isfinite(g).all()) for g in pending if g is not None)
 
     @contextmanager
     def _looking(self) -> Iterator[nn.Module]:
@@ -136,7 +151,7 @@ class Reselection:
         reference = None if self._reference is None else self._reference.to_json()
         return {
             "steps": self.steps, "looks": self.looks, "done": self.done, "every": self.every,
-            "reference": reference,
+            "late": self.late, "reference": reference,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -149,6 +164,7 @@ class Reselection:
         try:
             counts = [int(state[key]) for key in ("steps", "looks", "done")]
             every, text = int(state["every"]), state["reference"]
+            late = bool(state.get("late", False))  # states of older versions have none
             reference = None if text is None else Blueprint(parse_blueprint(text.encode()))
         except (KeyError, TypeError, ValueError, AttributeError, BlueprintError) as error:
             raise PartialError(f"this is not the state of a Reselection: {error!r}") from error
@@ -159,6 +175,7 @@ class Reselection:
                 "Remedy: build the Reselection with the same arguments"
             )
         self.steps, self.looks, self.done = counts
+        self.late = late
         self._reference, self.verdict = reference, None
 
 

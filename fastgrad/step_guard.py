@@ -25,6 +25,8 @@ from fastgrad.packed import frozen_by_others
 NAME, ENDED = "_fastgrad_name", "_fastgrad_ended"
 #: Marks on an optimizer: why it must not step; its updates in the backward pass, if so.
 SUPERSEDED, IN_BACKWARD = "_fastgrad_superseded", "_fastgrad_in_backward"
+#: Mark on a weight that is trained as it stands: the modules that hold it.
+HELD = "_fastgrad_held"
 #: Mark on a gradient: its version when an optimizer made a step with it.
 STEPPED = "_fastgrad_stepped"
 
@@ -118,6 +120,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 continue
             if ENDED in marks:
                 raise PartialError(f"{marks[NAME]} {marks[ENDED]}")
+            if HELD in marks and (why := marks[HELD].lost(p)) is not None:
+                raise PartialError(f"{marks[NAME]} {why}")
             blocks = marks.get("_fastgrad_blocks")
             if not p.requires_grad and (blocks is None or blocks.watched):
                 raise PartialError(frozen_by_others(marks[NAME]))

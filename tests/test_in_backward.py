@@ -377,3 +377,33 @@ def test_activation_checkpointing(reentrant):
         return everything(partial, optimizer)
 
     assert_same(train(early=True), train(early=False))
+
+
+def test_a_group_at_rate_zero_counts_a_zero_gradient_in_the_first_step():
+    """Beside a group that learns this is a step, not the initialisation of a checkpoint."""
+
+    def train(early):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        optimizer = fg.SparseAdamW(
+            [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.0}],
+            lr=1e-2,
+        )
+        if early:
+            fg.step_in_backward(optimizer)
+        x = torch.ones(2, 3)
+        for step in range(3):
+            optimizer.param_groups[1]["lr"] = 0.0 if step < 2 else 1e-2
+            # the last layer's gradient comes first, and is zero at first
+            (model(x) * float(step > 0) + model[0](x)).square().sum().backward()
+            if step == 0:
+                assert early or not bool(model[1].weight.grad.any())
+            optimizer.step()
+            optimizer.zero_grad()
+        counts = [int(optimizer.state[p]["step"]) for p in model.parameters()]
+        return counts, [p.detach().clone() for p in model.parameters()]
+
+    counts, weights = train(early=True)
+    expected_counts, expected = train(early=False)
+    assert counts == expected_counts == [3, 3, 3, 3]
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))

@@ -200,3 +200,54 @@ def test_refusals():
     )  # fmt: skip
     with pytest.raises(SelectionError, match="another model"):
         again.step()
+
+
+def test_a_look_that_is_due_at_a_step_that_a_grad_scaler_skipped_comes_later(tmp_path):
+    """With an optimizer whose step the scaler leaves out."""
+
+    def begin():
+        model = randomised(MODELS["llama"])
+        shapes = selection_of(model, "row", 0.3)
+        partial = fg.make_partial(model, shapes)
+        optimizer = torch.optim.SGD(partial.parameters(), lr=1e-2)
+        again = fg.Reselection(
+            partial, optimizer, lambda plain, stats: selection_of(plain, "row", 0.3, seed=1),
+            every=2,
+        )  # fmt: skip
+        return partial, optimizer, again, torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def train(partial, optimizer, again, scaler, steps):
+        found = []
+        for step in steps:
+            scaler.scale(partial.model(**batch_of(seed=step)).loss).backward()
+            if step in (1, 2):  # the look of the second step is due, and of the third
+                next(partial.parameters()).grad.view(-1)[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            found.append(again.step() is not None)
+            optimizer.zero_grad()
+        return found
+
+    run = begin()
+    assert train(*run, range(5)) == [False, False, False, True, False]
+    assert (run[2].steps, run[2].looks, run[2].late) == (5, 1, False)
+    run = begin()
+    train(*run, range(2))
+    state = run[2].state_dict()
+    other = begin()
+    other[2].load_state_dict(state)
+    assert other[2].late
+    assert train(*other, range(3, 4)) == [True]
+
+
+def test_finite_gradients_that_no_step_has_used_are_still_refused():
+    model = randomised(MODELS["llama"])
+    partial = fg.make_partial(model, selection_of(model, "row", 0.3))
+    optimizer = torch.optim.SGD(partial.parameters(), lr=1e-2)
+    again = fg.Reselection(
+        partial, optimizer, lambda plain, stats: selection_of(plain, "row", 0.3, seed=1), every=1
+    )
+    model(**batch_of()).loss.backward()
+    with pytest.raises(PartialError, match="no optimizer has made a step with"):
+        again.step()
+    assert again.steps == 0
