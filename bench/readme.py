@@ -232,11 +232,43 @@ def optimizer_step() -> str:
     return "\n".join(lines)
 
 
+def partial_step() -> str:
+    """A training step with a share of the weights trained over one with all."""
+    data = json.loads((RESULTS / "partial_step.json").read_text())
+    env, settings = data["environment"], data["settings"]
+    lines = [
+        "| model | trained | share | step | quartiles | forward and backward | operations | "
+        "saved bytes | gradients and moments |",
+        "|:--|:--|--:|--:|:--|--:|--:|--:|--:|",
+    ]
+    for r in data["rows"]:
+        if r["fraction"] < 1:
+            lines.append(
+                f"| {MODELS[r['model']]} | {r['contender'].rsplit(' ', 1)[0]} | "
+                f"{r['fraction']:.1%} | {r['ratio']:.2f} | {r['low']:.2f}–{r['high']:.2f} | "
+                f"{r['backward_ratio']:.2f} | {r['flop_ratio']:.2f} | {r['saved_ratio']:.2f} | "
+                f"{r['kept_ratio']:.3f} |"
+            )
+    lines += [
+        "",
+        "Multiples of the step that trains all weights with `torch.optim.AdamW(fused=True)`: time "
+        "of the whole step and of its forward and backward pass, products counted by "
+        "`FlopCounterMode`, bytes that the graph holds after the forward pass, bytes of gradients "
+        f"and optimizer state. {settings['layers']} layers of width {settings['width']}, "
+        f"{settings['examples']} x {settings['tokens']} tokens, median of {settings['rounds']} "
+        f"interleaved rounds. {env['date']}, {env['processor']}, {_threads(env)}, torch "
+        f"{env['torch']}; `python bench/partial_step.py`.",
+    ]
+    return "\n".join(lines)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "quickstart": quickstart, "peers": peers_in_short, "step-overhead": step_overhead,
     },
-    "docs/train.md": {"peers": peers, "optimizer-step": optimizer_step},
+    "docs/train.md": {
+        "peers": peers, "optimizer-step": optimizer_step, "partial-step": partial_step,
+    },
     "docs/kernels.md": {
         "gpu-gate": gpu_gate,
         "roofline": roofline_floors,

@@ -231,7 +231,7 @@ def test_a_weight_changed_from_outside_stops_the_step():
 
 def test_autograd_is_told_of_a_prepared_step():
     twins = Twins().step(3)
-    model, partial, optimizer = twins.sides[0]
+    _, partial, optimizer = twins.sides[0]
     p = partial.packed[0].packed
     loss = p.square().sum()  # keeps p for its backward pass
     optimizer.step()
