@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "BatchChooser": "online",
     "BlockGrid": "blocks",
     "Blueprint": "blueprint",
     "BlueprintLog": "blueprint_log",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from fastgrad.jointly import select_jointly as select_jointly
     from fastgrad.mass import MassMatrix as MassMatrix
     from fastgrad.meter import Meter as Meter
+    from fastgrad.online import BatchChooser as BatchChooser
     from fastgrad.optim import SparseAdamW as SparseAdamW
     from fastgrad.partial import Partial as Partial
     from fastgrad.partial import make_partial as make_partial

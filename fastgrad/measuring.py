@@ -85,8 +85,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stand_ins(model: nn.Module) -> Iterator[None]:
-    """Inside, other parameters with the same memory stand where the trained ones were.
+def stand_ins(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, other parameters with the same memory stand where the trained ones were. Yields
+    those that were replaced.
 
     So their gradients reach none of what hangs on the trained ones: accumulated gradients, hooks
     of optimizers that step in the backward pass, the reduction of DistributedDataParallel.
@@ -97,20 +98,23 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
     """
     places: list[tuple[nn.Module, str, nn.Parameter]] = []
     made: dict[int, nn.Parameter] = {}
+    replaced: dict[str, nn.Parameter] = {}
     try:
         for prefix, module in model.named_modules():
             for name, p in list(module._parameters.items()):
                 if p is None or not p.requires_grad:
                     continue
+                full = f"{prefix}.{name}" if prefix else name
                 if type(p) is not nn.Parameter:
-                    _refuse_hooks(f"{prefix}.{name}" if prefix else name, p)
+                    _refuse_hooks(full, p)
                     continue
                 if id(p) not in made:
                     made[id(p)] = nn.Parameter(p.detach())
                     made[id(p)].__dict__.update(p.__dict__)
+                    replaced[full] = p
                 places.append((module, name, p))
                 setattr(module, name, made[id(p)])  # recurrent layers keep lists of their own
-        yield
+        yield replaced
     finally:
         for module, name, p in reversed(places):
             setattr(module, name, p)
@@ -125,8 +129,18 @@ def _refuse_hooks(name: str, p: Tensor) -> None:
         )
 
 
+def _check_reached(replaced: Mapping[str, nn.Parameter]) -> None:
+    for name, p in replaced.items():
+        if p.grad is not None:
+            raise FastgradError(
+                f"{name} is used through another reference than its module's attribute, so its "
+                "gradient cannot be measured during training. Remedy: use the attribute in "
+                "forward, or measure the saved model with fg.Probe"
+            )
+
+
 @contextlib.contextmanager
-def _gradients_on() -> Iterator[None]:
+def gradients_on() -> Iterator[None]:
     """Whatever surrounds the call, and without autocast's cache, which keeps casts of weights."""
     cached = torch.is_autocast_cache_enabled()
     with torch.inference_mode(False), torch.enable_grad():
@@ -163,7 +177,7 @@ def losses_and_stats(
     """As :func:`measure`, with the loss of each batch."""
     device = next(model.parameters()).device
     found: list[Tensor] = []
-    with _gradients_on(), untouched(model), stand_ins(model):
+    with gradients_on(), untouched(model), stand_ins(model) as replaced:
         probe = Probe(
             model, blocks, per_example=per_example, detail=(), loss_reduction=loss_reduction,
             frozen=frozen,
@@ -171,11 +185,12 @@ def losses_and_stats(
         parameters = list(model.parameters())
         with probe:
             for batch in batches:
-                value = loss(model, _on(device, batch))
+                value = loss(model, on_device(device, batch))
                 value.backward()
                 found.append(value.detach())
                 for p in parameters:
                     p.grad = None
+        _check_reached(replaced)
         if not found:
             raise FastgradError("there was no batch to measure on")
         return [float(value) for value in found], probe.stats()
@@ -218,11 +233,13 @@ def measure(
     return stats, math.fsum(losses) / len(losses)
 
 
-def _on(device: torch.device, batch: Any) -> Any:
+def on_device(device: torch.device, batch: Any) -> Any:
     """A batch's tensors on a device; those made under ``inference_mode`` as ordinary ones."""
-    if not isinstance(batch, Mapping):
-        return batch
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return {
-        k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in moved.items()
-    }
+    if isinstance(batch, Tensor):
+        moved = batch.to(device)
+        return moved.clone() if moved.is_inference() else moved
+    if isinstance(batch, Mapping):
+        return {k: on_device(device, v) for k, v in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(on_device(device, v) for v in batch)
+    return batch
