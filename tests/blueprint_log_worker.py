@@ -271,10 +271,13 @@ def refusals(folder: Path) -> dict[str, Any]:
     mesh = dist.init_device_mesh("cpu", (2,))
     parallel = parallelize_module(make(), mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
     first = dist.new_group([0])
+    hooked = shard(make())
+    next(hooked.parameters()).register_hook(lambda grad: grad)
     return {
         "copies": refused(lambda: fg.BlueprintLog(other, HELD_OUT, every=1).step()),
         "error": refused(lambda: fg.BlueprintLog(make(), bad, every=1).step()),
         "few": refused(lambda: fg.BlueprintLog(shard(make()), HELD_OUT[:1], every=1)),
+        "hooks": refused(lambda: fg.BlueprintLog(hooked, HELD_OUT, every=1).step()),
         "tensor": refused(lambda: fg.BlueprintLog(parallel, HELD_OUT, every=1)),
         "group": refused(lambda: fg.BlueprintLog(make(), HELD_OUT, every=1, group=first)),
     }

@@ -149,6 +149,23 @@ def test_recurrent_layers_keep_lists_of_their_weights():
         assert found.grad_norm[name] == pytest.approx(float(p.grad.norm()), rel=1e-5)
 
 
+def test_weights_that_are_held_elsewhere_too_are_not_taken_for_unused():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.held = [self.two.weight]
+
+        def forward(self, x):
+            return self.one(x) @ self.held[0]
+
+    model = Holder()
+    log = fg.BlueprintLog(model, [torch.randn(2, 4)], every=1, loss=mean_square)
+    with pytest.raises(FastgradError, match=r"two\.weight is used through another reference"):
+        log.step()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_failure_leaves_nothing_behind():
     model = randomised(llama)
     own = dict(model.named_parameters())

@@ -54,7 +54,8 @@ def test_what_several_processes_cannot_measure_is_refused_on_all(quick):
         assert "the processes do not hold the same model" in found["copies"]
         assert "under fully_shard each of 2 processes measures a batch at a time" in found["few"]
         assert "tensor or expert parallelism" in found["tensor"]
-        assert all("Remedy" in found[key] for key in ("copies", "error", "few", "tensor"))
+        assert "is a DTensor with hooks on its gradient" in found["hooks"]
+        assert all("Remedy" in found[key] for key in ("copies", "error", "few", "tensor", "hooks"))
     assert first["error"].startswith("process 1 could not measure its validation batches")
     assert second["error"].startswith("the model returned no loss")
     assert "not in the group" in second["group"]
