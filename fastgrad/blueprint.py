@@ -5,36 +5,43 @@ No model code here: a blueprint is shown, validated, compared and blended withou
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrad.blocks import BlockGrid, check_specs, grid_of, in_words
-from fastgrad.blueprint_make import CheckpointLike, blend, from_stats
+from fastgrad import blueprint_files as files
+from fastgrad.blocks import BlockGrid, grid_of, in_words
+from fastgrad.blueprint_blend import blend
+from fastgrad.blueprint_diff import BlueprintDiff, diff
+from fastgrad.blueprint_domains import (
+    NearestDomain,
+    as_domain,
+    as_file,
+    find_domain,
+    nearest,
+    refuse_domain,
+)
+from fastgrad.blueprint_files import Vectors
+from fastgrad.blueprint_fits import Made
+from fastgrad.blueprint_make import CheckpointLike, DataSetLike, Origin, from_stats
+from fastgrad.blueprint_merge import merge
 from fastgrad.blueprint_schema import (
     FILE_NAME,
-    MAX_BYTES,
-    VECTORS_NAME,
-    BlockVectors,
     BlueprintFile,
     KStarEntry,
-    Lorenz,
     Noise,
     Submodule,
-    dump_blueprint,
-    parse_blueprint,
 )
+from fastgrad.blueprint_text import describe
 from fastgrad.errors import BlockSpecError, BlueprintError
-from fastgrad.files import atomic_path, write_text
-from fastgrad.hub import MAX_VECTOR_BYTES, located, push
+from fastgrad.hub import located, push
 from fastgrad.ranking import rank_scores, refuse_coarse
+from fastgrad.resources import CostModel
 from fastgrad.staleness import SplitHalf, Staleness, compare
 from fastgrad.stats import GradientStats
 
@@ -43,8 +50,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Array = NDArray[np.float64]
-
-_VECTORS_FORMAT = "fastgrad.blueprint.blocks/1"
 
 
 class Blueprint:
@@ -58,6 +63,8 @@ class Blueprint:
         specs: parameter name -> granularity, for those that differ from ``spec``.
         block_sq: parameter name -> ``[n_blocks]`` mean squared gradient norm of each block, for
             the parameters that it divides.
+
+    Where the file holds several domains, all of this is of the primary one; see :attr:`domains`.
     """
 
     def __init__(
@@ -66,21 +73,18 @@ class Blueprint:
         spec: str = "module",
         block_sq: Mapping[str, Array] | None = None,
         specs: Mapping[str, str] | None = None,
+        *,
+        domain_vectors: Sequence[Vectors] | None = None,
     ) -> None:
+        found = files.check_vectors(file, Vectors(spec, specs or {}, block_sq or {}))
+        others = [Vectors()] * len(file.domains) if domain_vectors is None else domain_vectors
         self.file, self.spec = file, spec
-        self.block_sq = dict(block_sq or {})
-        self._shapes = shapes = {s.name: s.shape for s in file.submodules}
-        self.specs = check_specs(specs or {}, shapes)
-        for name, values in self.block_sq.items():
-            if name not in shapes:
-                raise BlueprintError(f"block vectors name {name!r}, which is no submodule")
-            n = self.grid(name).n_blocks
-            if values.shape != (n,) or values.dtype != np.float64:
-                raise BlueprintError(f"block vectors of {name} have shape {values.shape} and type "
-                                     f"{values.dtype}, expected {n} float64")
-            if not (np.isfinite(values).all() and (values >= 0).all()):
-                raise BlueprintError(f"block vectors of {name} hold NaN, infinity or a negative "
-                                     "number")
+        self.block_sq, self.specs = dict(found.block_sq), dict(found.specs)
+        self._shapes = {s.name: s.shape for s in file.submodules}
+        self._domain_vectors = [
+            files.check_vectors(domain, vectors)
+            for domain, vectors in zip(file.domains, others, strict=True)
+        ]
 
     # -- content -----------------------------------------------------------------------------
 
@@ -222,7 +226,10 @@ class Blueprint:
         checkpoints: Iterable[CheckpointLike] = (),
         *,
         name_or_path: str | None = None,
+        revision: str | None = None,
+        datasets: Sequence[DataSetLike] = (),
         tokens_per_step: int | None = None,
+        costs: Sequence[CostModel] = (),
         created: str | None = None,
         command: str | None = None,
         n_bootstrap: int = 200,
@@ -237,8 +244,16 @@ class Blueprint:
             checkpoints: earlier gradient norms, as ``(label, step, stats)`` or as mappings with
                 ``label``, ``step``, ``tokens_seen`` and ``grad_norm`` (name -> norm).
             name_or_path: hub id of the model; by default what its config says.
+            revision: of the model: commit, tag or branch; by default the commit that it was
+                loaded at, where the statistics know it.
+            datasets: where the examples come from: names, or mappings with ``name``,
+                ``revision``, ``subset``, ``split`` and ``n_examples``; by default what the
+                statistics say (``meta["data"]``).
             tokens_per_step: of the training that k* for FLOPs is about; by default the label
                 tokens of a measured batch. Without either there is no k* for FLOPs.
+            costs: further resources that k* is wanted for, such as
+                ``CostModel.time(pairs, n_params=...)`` from measured steps; one of ``memory`` or
+                ``flops`` replaces the counted one.
             created: ISO date; today by default.
             command: how it was made; the command line by default, paths cut to their last part.
             n_bootstrap, seed: of the intervals.
@@ -247,11 +262,14 @@ class Blueprint:
             BlueprintError: if no gradient was recorded, one is not finite, the model has other
                 parameters, or an argument does not fit the schema.
         """
-        made = from_stats(
-            stats, model, domain_tags, checkpoints, name_or_path=name_or_path,
-            tokens_per_step=tokens_per_step, created=created, command=command,
-            n_bootstrap=n_bootstrap, seed=seed,
-        )  # fmt: skip
+        origin = Origin(name_or_path, revision, datasets, created, command)
+        return cls._of(from_stats(
+            stats, model, domain_tags, checkpoints, origin, tokens_per_step=tokens_per_step,
+            n_bootstrap=n_bootstrap, seed=seed, costs=costs,
+        ))  # fmt: skip
+
+    @classmethod
+    def _of(cls, made: Made) -> Blueprint:
         return cls(*made)
 
     def blend(
@@ -281,7 +299,77 @@ class Blueprint:
         local = Blueprint.from_stats(
             local_stats, domain_tags=domain_tags, created=created, command=command
         )
-        return Blueprint(*blend(self, local, weight, allow_other_weights))
+        return Blueprint._of(blend(self, local, weight, allow_other_weights))
+
+    def merge(
+        self, other: Blueprint, *, created: str | None = None, command: str | None = None
+    ) -> Blueprint:
+        """Both measurements as one, of the same weights on disjoint data; exact, since raw sums
+        add up: what :meth:`from_stats` would make of :meth:`GradientStats.merge`.
+
+        What does not follow from sums (medians, agreement of halves) is null, and named with the
+        reason in ``file.merge.not_merged``.
+
+        Args:
+            other: measured on other examples. That they are others cannot be seen from the files,
+                except that the very same numbers twice are refused.
+            created, command: as for :meth:`from_stats`.
+
+        Raises:
+            BlueprintError: naming what differs: model, weights, loss reduction, scale of the
+                per-example norms, granularity, clipping; or if one of the two is a blend, is
+                protected by noise, or holds several domains.
+        """
+        return Blueprint._of(merge(self, other, created, command))
+
+    def diff(self, other: Blueprint) -> BlueprintDiff:
+        """How another blueprint differs: in what it was made on and with, in its ranks, and where
+        the gradient lies. Of the primary domains."""
+        return diff(self, other)
+
+    # -- domains -----------------------------------------------------------------------------
+
+    @property
+    def domains(self) -> list[Blueprint]:
+        """Each domain as a blueprint of its own, the primary one first."""
+        primary = self.file.model_copy(update={"domains": []})
+        found = [Blueprint(primary, self.spec, self.block_sq, self.specs)]
+        for domain, vectors in zip(self.file.domains, self._domain_vectors, strict=True):
+            file = as_file(domain, self.file.schema_version)
+            found.append(Blueprint(file, vectors.spec, vectors.block_sq, vectors.specs))
+        return found
+
+    def domain(self, tag: str) -> Blueprint:
+        """The domain with this tag, as a blueprint of its own.
+
+        Raises:
+            BlueprintError: if no domain or more than one has it.
+        """
+        return find_domain(self.domains, tag)
+
+    def with_domain(self, other: Blueprint) -> Blueprint:
+        """This blueprint with the domains of another one added; its own primary domain stays the
+        primary one.
+
+        Raises:
+            BlueprintError: if the two are of different models or weights, or ``other`` has no
+                domain tag or only such as are there already.
+        """
+        domains, vectors = list(self.file.domains), list(self._domain_vectors)
+        for one in other.domains:
+            refuse_domain(self, one, [self.file, *domains])
+            domains.append(as_domain(one.file))
+            vectors.append(Vectors(one.spec, one.specs, one.block_sq))
+        file = as_file(self.file, self.file.schema_version, domains)
+        return Blueprint(file, self.spec, self.block_sq, self.specs, domain_vectors=vectors)
+
+    def nearest_domain(self, local_stats: GradientStats) -> NearestDomain:
+        """Which domain a local sample is most like, with the agreement of each.
+
+        Raises:
+            StatsError: if the sample holds no backward pass.
+        """
+        return nearest(self.domains, local_stats)
 
     # -- files -------------------------------------------------------------------------------
 
@@ -294,7 +382,7 @@ class Blueprint:
         return self._texts()[0]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``gradient_blueprint.json`` into ``folder``, and the block vectors beside it.
+        """Write ``gradient_blueprint.json`` into ``folder``, and block vectors beside it.
 
         Returns:
             The path of the JSON file.
@@ -302,18 +390,9 @@ class Blueprint:
         Raises:
             BlueprintError: if the folder cannot be written.
         """
-        text, vectors = self._texts()
+        text, beside = self._texts()
         target = Path(folder) / FILE_NAME
-        try:
-            # The JSON file names the other one by its hash, so it comes last.
-            if vectors is not None:
-                with atomic_path(target.with_name(VECTORS_NAME)) as temporary:
-                    temporary.write_bytes(vectors)
-            write_text(target, text)
-            if vectors is None:  # one left from an earlier blueprint would be of other numbers
-                target.with_name(VECTORS_NAME).unlink(missing_ok=True)
-        except OSError as error:
-            raise BlueprintError(f"the blueprint cannot be written: {error}") from error
+        files.write(target, text, beside)
         return target
 
     @classmethod
@@ -330,7 +409,7 @@ class Blueprint:
 
         Args:
             path: a folder, a file, or (if nothing local has that name) a hub id ``org/name``.
-                Both files of a hub repository are read at one commit.
+                All files of a hub repository are read at one commit.
             revision: branch, tag or commit of a hub repository.
             local_files_only: take a hub repository from the local cache, without the network.
             token, cache_dir: for a hub repository, as ``huggingface_hub`` has them.
@@ -345,12 +424,8 @@ class Blueprint:
                 path, revision=revision, local_files_only=local_files_only, token=token,
                 cache_dir=cache_dir,
             )  # fmt: skip
-            file = parse_blueprint(_read(target, MAX_BYTES))
-            if file.block_vectors is None:
-                return cls(file)
-            vectors = _read(beside(file.block_vectors.file), MAX_VECTOR_BYTES)
-            entry = file.block_vectors
-            return cls(file, entry.spec, _parse_vectors(vectors, entry), entry.specs)
+            file, own, others = files.decode(target, beside)
+            return cls(file, own.spec, own.block_sq, own.specs, domain_vectors=others)
         except (BlueprintError, BlockSpecError) as error:
             raise BlueprintError(f"{path}: {error}") from None
         except (OSError, ValueError) as error:
@@ -366,7 +441,7 @@ class Blueprint:
         token: str | bool | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Put both files into a model repository of the hub, in one commit; nothing else in the
+        """Put the files into a model repository of the hub, in one commit; nothing else in the
         repository changes. It is made if it does not exist.
 
         Args:
@@ -424,115 +499,6 @@ class Blueprint:
         """
         return compare(self, local_stats)
 
-    def _texts(self) -> tuple[str, bytes | None]:
-        file, vectors = self.file, None
-        if self.block_sq:
-            from safetensors.numpy import save
-
-            # One metadata key only: safetensors does not keep several in order.
-            by_name = {"specs": self.specs} if self.specs else {}
-            header = json.dumps(
-                {"format": _VECTORS_FORMAT, "spec": self.spec, **by_name}, sort_keys=True
-            )
-            vectors = save(dict(sorted(self.block_sq.items())), {"fastgrad": header})
-            entry: dict[str, Any] = {
-                "file": VECTORS_NAME,
-                "sha256": hashlib.sha256(vectors).hexdigest(),
-                "spec": self.spec,
-                "specs": self.specs,
-            }
-            old = file.block_vectors
-            new = old.model_copy(update=entry) if old else BlockVectors(**entry)
-            file = file.model_copy(update={"block_vectors": new})
-        else:
-            file = file.model_copy(update={"block_vectors": None})
-        try:
-            return dump_blueprint(file), vectors
-        except ValueError as error:
-            raise BlueprintError(f"the blueprint cannot be written as JSON: {error}") from error
-
-
-def _read(path: Path, limit: int) -> bytes:
-    if not path.is_file():
-        raise ValueError(
-            f"there is no file {path.name} here. Remedy: a model folder or file that "
-            "exists, or a hub id such as org/name"
-        )
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"{path.name} is larger than {limit} bytes, which no blueprint is")
-    return data
-
-
-def _parse_vectors(data: bytes, entry: BlockVectors) -> dict[str, Array]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise ValueError(f"{entry.file} is damaged or belongs to another blueprint: its hash is "
-                         "not the one in the JSON file")
-    try:
-        return load(data)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{entry.file} is damaged: {error}") from error
-
-
-def describe(file: BlueprintFile) -> str:
-    """What a blueprint says, as text."""
-    model, data, noise = file.model, file.data, file.noise
-    fit = file.fits.squared_norm
-    tail = file.fits.norm.tail
-    lines = [
-        f"model      {model.class_name or 'unknown class'} {model.name_or_path or ''} "
-        f"{model.n_parameters:,} parameters, weights {(model.weights_hash or 'not hashed')[:23]}",
-        f"data       {', '.join(file.domain_tags) or 'no domain tag'}: {data.n_examples:,} "
-        f"examples in {data.n_batches:,} batches, {_or_unknown(data.n_label_tokens)} label tokens",
-        "mass       top 10 % / 20 % / 50 % of the parameters hold "
-        + " / ".join(f"{_share_at(fit.lorenz, k):.0%}" for k in (0.1, 0.2, 0.5))
-        + " of the squared gradient norm",
-        f"gamma      {fit.gamma.gamma:.3f} for ‖g‖², {file.fits.norm.gamma.gamma:.3f} for ‖g‖",
-    ]
-    if tail is not None:
-        exponent = "" if tail.rank_exponent is None else f"rank exponent {tail.rank_exponent:.2f}, "
-        lines.append(f"power law  {exponent}{tail.verdict}: {tail.reason}")
-    for name, k in file.k_star.items():
-        warning = " (over-aggressive: keeps less than half)" if k.over_aggressive else ""
-        lines.append(f"k*         {k.value:.1%} for {name}{warning}: {k.reason}")
-    scale = noise.noise_scale_reason if noise.noise_scale is None else f"{noise.noise_scale:,.1f}"
-    r = noise.split_half_reliability
-    lines.append(
-        f"noise      scale {scale}; "
-        + ("no split halves" if r is None else
-           f"halves ({r.n} {r.basis}) agree to Spearman {r.spearman:.2f}, top-20 % Jaccard "
-           f"{r.top_jaccard:.2f}")
-    )  # fmt: skip
-    if file.blend is not None:
-        lines.append(f"blend      {file.blend.blend_weight:.2f} released, {file.blend.rule}")
-    counts = {
-        status: sum(s.coverage == status for s in file.submodules)
-        for status in ("exact", "unused", "frozen", "missing")
-    }
-    lines.append(
-        "coverage   " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-        + f"; {len(file.dead)} dead"
-    )  # fmt: skip
-    ranked = sorted(
-        (s for s in file.submodules if s.rms is not None), key=lambda s: -(s.rms or 0.0)
-    )[:10]
-    width = max((len(s.name) for s in ranked), default=0)
-    lines += ["", f"{'highest rms':<{width}}  {'rms':>9}  {'norm':>9}  {'share':>6}  elements"]
-    lines += [
-        f"{s.name:<{width}}  {s.rms or 0:>9.3g}  {s.grad_norm or 0:>9.3g}  {s.share or 0:>6.1%}  "
-        f"{s.numel:,}"
-        for s in ranked
-    ]
-    return "\n".join(lines)
-
-
-def _share_at(curve: Lorenz, k: float) -> float:
-    return float(np.interp(k, curve.k, curve.share))
-
-
-def _or_unknown(value: int | None) -> str:
-    return "unknown" if value is None else f"{value:,}"
+    def _texts(self) -> tuple[str, dict[str, bytes]]:
+        others = zip(self.file.domains, self._domain_vectors, strict=True)
+        return files.encode(self.file, Vectors(self.spec, self.specs, self.block_sq), others)

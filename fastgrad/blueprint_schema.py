@@ -7,28 +7,43 @@ No model code and no statistics: this module knows what a file may say, not how 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
-SCHEMA_VERSION = "1.1.0"
+from fastgrad.blueprint_strict_json import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    canonical_json,
+    finite_or_none,
+    parse_json,
+)
+
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "canonical_json", "finite_or_none", "parse_json"]
+
+SCHEMA_VERSION = "1.2.0"
 SCHEMA_MAJOR = 1
 FILE_NAME = "gradient_blueprint.json"
 VECTORS_NAME = "gradient_blueprint.safetensors"
-MAX_BYTES = 64 * 2**20
-MAX_DEPTH = 64  # the schema itself needs 6 levels; extra keys get the rest
+DOMAIN_VECTORS_NAME = "gradient_blueprint.domains.safetensors"
 
 #: One parameter larger than this does not exist; a file that claims it is damaged or hostile.
 MAX_ELEMENTS = 2**48
+
+#: More entries than this in one list or mapping are no blueprint: a model has fewer parameters.
+MAX_ENTRIES = 2**18
+
+#: Domains beside the primary one.
+MAX_DOMAINS = 64
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = Annotated[list[float | None], Field(min_length=2, max_length=2)]
+Verdict = Literal["supported", "indistinguishable", "rejected", "too_few"]
 Hash = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
@@ -45,10 +60,21 @@ class ModelInfo(Part):
 
     class_name: str | None = Field(None, alias="class")
     name_or_path: str | None = Field(None, description="hub id, or the last part of a local path")
+    revision: str | None = Field(None, description="commit, tag or branch of name_or_path")
     weights_hash: Hash | None = Field(
         None, description="fastgrad.weights_hash: names, dtypes, shapes and bytes of all parameters"
     )
     n_parameters: Count
+
+
+class DataSet(Part):
+    """A data set that examples were taken from."""
+
+    name: str = Field(min_length=1, description="hub id, or the last part of a local path")
+    revision: str | None = Field(None, description="commit, version or hash of the data")
+    subset: str | None = None
+    split: str | None = None
+    n_examples: Count | None = Field(None, description="taken from here; null if not counted")
 
 
 class DataInfo(Part):
@@ -66,6 +92,18 @@ class DataInfo(Part):
     dtypes: list[str] = []
     attention: str | None = None
     skipped_batches: Count = 0
+    datasets: list[DataSet] = []
+    clip: str | None = Field(
+        None, description="none: gradients as the backward pass computed them, before any clipping "
+        "of a training loop; per_example: each example's gradient was cut to clip_norm"
+    )
+    clip_norm: Amount | None = None
+    seed: int | None = Field(None, description="of whatever was drawn at random in the data")
+    command: str | None = Field(None, description="that measured it, paths cut to their last part")
+    weight_sum_sq: Amount | None = Field(
+        None, description="Σ_j w_j², w_j the weight of example j's own mean loss in its batch's"
+    )
+    weight_pair_sum: Amount | None = Field(None, description="Σ_b Σ_{j≠k in b} w_j w_k")
 
 
 class Submodule(Part):
@@ -78,6 +116,10 @@ class Submodule(Part):
     coverage_reason: str = ""
     batch_sum_sq: Amount | None = Field(None, description="sum over batches of ‖g_b‖²")
     n_batches: Count = 0
+    batch_sum_fourth: Amount | None = Field(None, description="sum over batches of ‖g_b‖⁴")
+    batch_sum_with_total: Amount | None = Field(
+        None, description="sum over batches of ‖g_b‖² times that of all submodules together"
+    )
     example_sum_sq: Amount | None = Field(
         None, description="sum over examples of the squared norm of the contribution"
     )
@@ -98,6 +140,19 @@ class Submodule(Part):
     share_variance: Amount | None = Field(
         None, description="sampling variance of share; null with fewer than two batches"
     )
+    n_blocks: Count | None = Field(None, description="blocks with vectors; null without vectors")
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="of ‖g‖² over the submodule's blocks"
+    )
+    gamma_interval: Interval | None = None
+    rank_exponent: float | None = Field(
+        None, description="a of x_r ~ r^-a for the norms of the submodule's blocks; read it with "
+        "its verdict"
+    )
+    rank_exponent_interval: Interval | None = None
+    rank_exponent_verdict: Verdict | None = None
+    rank_exponent_n_tail: Count | None = None
+    block_fit_reason: str = Field("", description="of the verdict, or why there is no fit")
 
     @model_validator(mode="after")
     def _consistent(self) -> Submodule:
@@ -151,7 +206,7 @@ class Gamma(Part):
 class Tail(Part):
     """Power-law fit of the upper tail with its verdict; fields as in heavytail.TailFit."""
 
-    verdict: Literal["supported", "indistinguishable", "rejected", "too_few"]
+    verdict: Verdict
     reason: str
     rank_exponent: float | None
     rank_interval: Interval
@@ -163,6 +218,12 @@ class Tail(Part):
     n_tail: Count
     ks: float | None
     gof_p: float | None
+    lognormal_ratio: float | None = None
+    lognormal_p: float | None = None
+    inner_lognormal_ratio: float | None = None
+    inner_lognormal_p: float | None = None
+    exponential_ratio: float | None = None
+    exponential_p: float | None = None
     n_bootstrap: Count
     seed: int
 
@@ -182,6 +243,19 @@ class Fits(Part):
     squared_norm: Fit
 
 
+class PaperKStar(Part):
+    """For comparison only: what the closed forms of arXiv 2511.01077 give. Nothing uses it, since
+    its gamma contradicts the power law that it is meant to follow from (docs/maths.md)."""
+
+    label: str
+    rank_exponent: float = Field(description="fits.norm.tail's, whatever its verdict")
+    gamma: Share = Field(description="1/(1 + rank_exponent)")
+    value: Amount = Field(
+        description="gamma*fixed/(per_param*(1 - gamma)), as it stands: above 1 it is no fraction"
+    )
+    curve_share: Share = Field(description="measured share of the mass at that k, at most 1")
+
+
 class KStarEntry(Part):
     """The fraction with the most gradient mass per unit of one resource."""
 
@@ -196,8 +270,16 @@ class KStarEntry(Part):
     tokens_per_step: Count | None = Field(None, description="that the cost is for; FLOPs only")
     fixed: Amount = Field(description="cost at k = 0, in unit")
     per_param: Amount = Field(description="cost of k going from 0 to 1, in unit")
-    kept_share: Share
-    over_aggressive: bool
+    kept_share: Share = Field(description="value**gamma, as the fitted curve has it")
+    over_aggressive: bool = Field(
+        description="a warning: kept_share is below over_aggressive_share"
+    )
+    over_aggressive_share: Share | None = None
+    curve_share: Share | None = Field(None, description="read from the Lorenz curve at value")
+    mode: str = Field("counted", description="coefficients from a formula, or measured")
+    n_points: Count | None = Field(None, description="measurements behind measured coefficients")
+    residual: Amount | None = Field(None, description="their scatter about the line, in unit")
+    paper: PaperKStar | None = Field(None, description="null where no rank exponent was fitted")
 
 
 class Reliability(Part):
@@ -220,6 +302,9 @@ class Noise(Part):
     noise_scale_reason: str = ""
     signal: float | None = Field(None, description="sum of signal_sq: unbiased ‖E g‖²")
     share_variance: Amount | None = Field(None, description="sum over submodules")
+    total_sum_fourth: Amount | None = Field(
+        None, description="sum over batches of the square of all submodules' ‖g_b‖² together"
+    )
     split_half_reliability: Reliability | None = None
 
 
@@ -228,8 +313,13 @@ class Checkpoint(Part):
 
     label: str
     step: Count | None = None
+    fraction: Share | None = Field(None, description="of the run")
     tokens_seen: Count | None = None
-    grad_norm: dict[str, Amount]
+    loss: float | None = Field(None, description="mean over what was measured")
+    n_batches: Count | None = Field(None, description="measured")
+    n_examples: Count | None = Field(None, description="measured")
+    weights_hash: Hash | None = None
+    grad_norm: dict[str, Amount] = Field(description="root mean square over the batches")
 
 
 class Privacy(Part):
@@ -258,6 +348,7 @@ class BlockVectors(Part):
     specs: dict[str, str] = Field(
         {}, description="submodule -> granularity, for those that differ from spec"
     )
+    prefix: str = Field("", description="of the names in the file; empty: all of it is meant")
 
 
 class BlendSource(Part):
@@ -281,28 +372,46 @@ class Blend(Part):
     local: BlendSource
 
 
-class BlueprintFile(Part):
-    """A gradient blueprint: where the gradient of a model is concentrated, and how sure that is."""
+class MergeSource(Part):
+    """One of the measurements that were merged."""
 
-    schema_version: Annotated[str, Field(pattern=r"^\d{1,9}\.\d{1,9}\.\d{1,9}$")]
+    model: ModelInfo
+    data: DataInfo
+    domain_tags: list[str]
+    provenance: Provenance
+
+
+class Merge(Part):
+    """Measurements of different data on the same weights, their raw sums added."""
+
+    sources: Annotated[list[MergeSource], Field(min_length=2), FailFast()]
+    not_merged: dict[str, str] = Field(
+        description="what cannot be had from sums, and is null therefore -> why"
+    )
+
+
+class Measured(Part):
+    """One measurement of the model's gradient: what it was made on, and what was found."""
+
     fastgrad_version: str
     model: ModelInfo
     data: DataInfo
     domain_tags: list[str]
-    submodules: Annotated[list[Submodule], Field(min_length=1)]
+    submodules: Annotated[list[Submodule], Field(min_length=1), FailFast()]
     dead: list[str] = Field(description="submodules whose gradient is at rounding level")
     fits: Fits
     block_fit: Fit | None = Field(None, description="over blocks, ‖g‖², where vectors exist")
     k_star: dict[str, KStarEntry]
     noise: Noise
-    checkpoints: list[Checkpoint] = []
+    checkpoints: Annotated[list[Checkpoint], FailFast()] = []
     privacy: Privacy = Privacy()
     provenance: Provenance
     block_vectors: BlockVectors | None = None
     blend: Blend | None = None
+    merge: Merge | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> BlueprintFile:
+    def _consistent(self) -> Measured:
         names = [s.name for s in self.submodules]
         known = set(names)
         if len(known) != len(names):
@@ -315,96 +424,29 @@ class BlueprintFile(Part):
         return self
 
 
-# -- strict JSON ---------------------------------------------------------------------------
+class Domain(Measured):
+    """The same weights measured on other data; ``fastgrad.Blueprint.domain`` makes a blueprint of
+    its own of it."""
 
 
-def parse_json(data: bytes) -> Any:
-    """JSON without its loopholes: no NaN, infinity, overflow, repeated key or deep nesting.
+class BlueprintFile(Measured):
+    """A gradient blueprint: where the gradient of a model is concentrated, and how sure that is.
 
-    Raises:
-        ValueError: with the reason in words; nothing else, whatever the bytes are.
+    The measurement at the top level is of the primary domain.
     """
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{len(data)} bytes; no such file is larger than {MAX_BYTES}")
-    try:
-        value = json.loads(
-            data.decode("utf-8"),
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-            object_pairs_hook=_unique_keys,
-        )
-    except RecursionError:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
-    _check_depth(value)
-    return value
 
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"the number {text[:40]} overflows")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {key[:80]!r} is repeated")
-            seen.add(key)
-    return result
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-
-
-def canonical_json(value: Any) -> str:
-    """Equal content gives equal bytes: sorted keys, shortest exact floats, ASCII, one newline.
-
-    Raises:
-        ValueError: for NaN or infinity.
-    """
-    text = json.dumps(
-        _without_negative_zero(value), sort_keys=True, indent=2, ensure_ascii=True, allow_nan=False
+    schema_version: Annotated[str, Field(pattern=r"^\d{1,9}\.\d{1,9}\.\d{1,9}$")]
+    domains: Annotated[list[Domain], Field(max_length=MAX_DOMAINS), FailFast()] = Field(
+        [], description="measurements of the same weights on other data, in the order added"
     )
-    return text + "\n"
 
-
-def _without_negative_zero(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_negative_zero(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_negative_zero(v) for v in value]
-    return 0.0 if isinstance(value, float) and value == 0.0 else value
-
-
-def finite_or_none(value: Any) -> Any:
-    """The same JSON value with None for NaN and infinity, which JSON cannot say."""
-    if isinstance(value, dict):
-        return {k: finite_or_none(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_or_none(v) for v in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value
+    @model_validator(mode="after")
+    def _same_weights(self) -> BlueprintFile:
+        for i, domain in enumerate(self.domains):
+            for what in ("n_parameters", "weights_hash"):
+                if getattr(domain.model, what) != getattr(self.model, what):
+                    raise ValueError(f"domains.{i} is of another model: its {what} differs")
+        return self
 
 
 # -- reading and writing the file ------------------------------------------------------------
@@ -429,10 +471,25 @@ def validate(value: Any) -> BlueprintFile:
     if not isinstance(value, dict):
         raise ValueError("the top level is not an object")
     check_version(value.get("schema_version"))
+    _check_sizes(value)
     try:
         return BlueprintFile.model_validate(value)
     except ValidationError as error:
         raise ValueError(_in_words(error)) from None
+
+
+def _check_sizes(value: dict[str, Any]) -> None:
+    """No list or mapping of more entries than there are parameters in a model: a million wrong
+    entries would make a million error messages."""
+    waiting: list[Any] = [value]
+    while waiting:
+        node = waiting.pop()
+        if len(node) > MAX_ENTRIES:
+            raise ValueError(
+                f"a list or object holds {len(node)} entries; no more than {MAX_ENTRIES} are read"
+            )
+        children = node.values() if isinstance(node, dict) else node
+        waiting += [child for child in children if isinstance(child, dict | list)]
 
 
 def check_version(version: Any) -> None:

@@ -9,11 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrad.blueprint_schema import FILE_NAME, MAX_BYTES, VECTORS_NAME
+from fastgrad.blueprint_schema import (
+    DOMAIN_VECTORS_NAME,
+    FILE_NAME,
+    MAX_BYTES,
+    VECTORS_NAME,
+)
 from fastgrad.errors import BlueprintError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -115,7 +120,7 @@ class _Repository:
 
 def push(
     text: str,
-    vectors: bytes | None,
+    beside: Mapping[str, bytes],
     repo_id: str,
     *,
     revision: str | None = None,
@@ -124,10 +129,14 @@ def push(
     token: str | bool | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Both files of a blueprint into a model repository, in one commit.
+    """The files of a blueprint into a model repository, in one commit.
 
     Vectors that are there from an earlier blueprint are removed in the same commit if this one has
     none: they would be of other numbers. See :meth:`fastgrad.Blueprint.push_to_hub`.
+
+    Args:
+        text: of the JSON file.
+        beside: name -> content of the files of vectors beside it.
 
     Raises:
         BlueprintError: if the hub refuses.
@@ -143,10 +152,11 @@ def push(
         api = hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         operations: list[Any] = [hub.CommitOperationAdd(FILE_NAME, text.encode("utf-8"))]
-        if vectors is not None:
-            operations.append(hub.CommitOperationAdd(VECTORS_NAME, vectors))
-        elif api.file_exists(repo_id, VECTORS_NAME, revision=revision):
-            operations.append(hub.CommitOperationDelete(VECTORS_NAME))
+        for name in (VECTORS_NAME, DOMAIN_VECTORS_NAME):
+            if name in beside:
+                operations.append(hub.CommitOperationAdd(name, beside[name]))
+            elif api.file_exists(repo_id, name, revision=revision):
+                operations.append(hub.CommitOperationDelete(name))
         done: CommitInfo = api.create_commit(
             repo_id, operations, revision=revision, create_pr=create_pr,
             commit_message=commit_message or "Gradient blueprint: where the gradient is",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from fastgrad.data_sources import joined_data
 from fastgrad.errors import StatsError
 from fastgrad.stats import PER_EXAMPLE, Coverage, GradientStats
 
@@ -31,6 +32,8 @@ def joined(pieces: Iterable[GradientStats], n_examples: int, n_batches: int) -> 
             whole = empty_like(piece, n_examples, n_batches)
         else:
             check_alike(whole, piece)
+            if "data" in whole.meta or "data" in piece.meta:
+                whole.meta["data"] = joined_data(whole.meta.get("data"), piece.meta.get("data"))
         with_examples = same_kind(with_examples, piece)
         columns = slice(examples, examples + piece.n_examples)
         for name in PER_EXAMPLE:

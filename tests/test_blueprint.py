@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import fastgrad as fg
 from fastgrad import staleness
 from fastgrad.blueprint import Blueprint
-from fastgrad.blueprint_make import public_command
+from fastgrad.blueprint_provenance import public_command
 from fastgrad.blueprint_schema import (
     MAX_BYTES,
     canonical_json,
@@ -193,12 +193,15 @@ def test_checkpoints():
         stats,
         checkpoints=[
             ("50%", 10, stats),
-            {"label": "80%", "step": 16, "tokens_seen": 999, "grad_norm": norms, "loss": 2.5},
+            {"label": "80%", "step": 16, "tokens_seen": 999, "grad_norm": norms, "lr": 2.5},
         ],
     )
     first, second = json.loads(blueprint.to_json())["checkpoints"]
-    assert first == {"label": "50%", "step": 10, "tokens_seen": None, "grad_norm": norms}
-    assert second["loss"] == 2.5  # an unknown key is kept
+    assert first == {
+        "label": "50%", "step": 10, "tokens_seen": None, "grad_norm": norms, "fraction": None,
+        "loss": None, "n_batches": 6, "n_examples": 24, "weights_hash": "sha256:" + "a" * 64,
+    }  # fmt: skip
+    assert second["lr"] == 2.5  # an unknown key is kept
     with pytest.raises(BlueprintError, match="no submodule"):
         Blueprint.from_stats(stats, checkpoints=[{"label": "x", "grad_norm": {"y": 1.0}}])
     with pytest.raises(BlueprintError, match="needs grad_norm"):

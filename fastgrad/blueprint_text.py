@@ -1,0 +1,67 @@
+"""What a blueprint says, as text for people."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastgrad.blueprint_schema import BlueprintFile, Lorenz
+
+
+def describe(file: BlueprintFile) -> str:
+    """What a blueprint says, as text."""
+    model, data, noise = file.model, file.data, file.noise
+    fit = file.fits.squared_norm
+    tail = file.fits.norm.tail
+    lines = [
+        f"model      {model.class_name or 'unknown class'} {model.name_or_path or ''} "
+        f"{model.n_parameters:,} parameters, weights {(model.weights_hash or 'not hashed')[:23]}",
+        f"data       {', '.join(file.domain_tags) or 'no domain tag'}: {data.n_examples:,} "
+        f"examples in {data.n_batches:,} batches, {_or_unknown(data.n_label_tokens)} label tokens",
+        "mass       top 10 % / 20 % / 50 % of the parameters hold "
+        + " / ".join(f"{_share_at(fit.lorenz, k):.0%}" for k in (0.1, 0.2, 0.5))
+        + " of the squared gradient norm",
+        f"gamma      {fit.gamma.gamma:.3f} for ‖g‖², {file.fits.norm.gamma.gamma:.3f} for ‖g‖",
+    ]
+    if tail is not None:
+        exponent = "" if tail.rank_exponent is None else f"rank exponent {tail.rank_exponent:.2f}, "
+        lines.append(f"power law  {exponent}{tail.verdict}: {tail.reason}")
+    for name, k in file.k_star.items():
+        warning = " (over-aggressive: keeps less than half)" if k.over_aggressive else ""
+        lines.append(f"k*         {k.value:.1%} for {name}{warning}: {k.reason}")
+    scale = noise.noise_scale_reason if noise.noise_scale is None else f"{noise.noise_scale:,.1f}"
+    r = noise.split_half_reliability
+    lines.append(
+        f"noise      scale {scale}; "
+        + ("no split halves" if r is None else
+           f"halves ({r.n} {r.basis}) agree to Spearman {r.spearman:.2f}, top-20 % Jaccard "
+           f"{r.top_jaccard:.2f}")
+    )  # fmt: skip
+    if file.blend is not None:
+        lines.append(f"blend      {file.blend.blend_weight:.2f} released, {file.blend.rule}")
+    counts = {
+        status: sum(s.coverage == status for s in file.submodules)
+        for status in ("exact", "unused", "frozen", "missing")
+    }
+    lines.append(
+        "coverage   " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        + f"; {len(file.dead)} dead"
+    )  # fmt: skip
+    ranked = sorted(
+        (s for s in file.submodules if s.rms is not None), key=lambda s: -(s.rms or 0.0)
+    )[:10]
+    width = max((len(s.name) for s in ranked), default=0)
+    lines += ["", f"{'highest rms':<{width}}  {'rms':>9}  {'norm':>9}  {'share':>6}  elements"]
+    lines += [
+        f"{s.name:<{width}}  {s.rms or 0:>9.3g}  {s.grad_norm or 0:>9.3g}  {s.share or 0:>6.1%}  "
+        f"{s.numel:,}"
+        for s in ranked
+    ]
+    return "\n".join(lines)
+
+
+def _share_at(curve: Lorenz, k: float) -> float:
+    return float(np.interp(k, curve.k, curve.share))
+
+
+def _or_unknown(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
