@@ -208,7 +208,9 @@ def test_a_run_that_stops_early_is_measured_at_its_end(tmp_path):
 
 
 @pytest.mark.parametrize("part", [False, True], ids=["whole", "partial"])
-@pytest.mark.parametrize("stop", [4, 6, 8])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(4, marks=pytest.mark.slow), 6, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_writes_the_blueprint_of_the_uninterrupted_one(tmp_path, part, stop):
     def start(folder):
         plug = sparse_adamw(ranking="random", fraction=0.3) if part else None
