@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,11 +13,10 @@ from torch import Tensor, nn
 
 from fastgrad import sharded
 from fastgrad.blocks import BlockGrid
-from fastgrad.delta_files import DeltaFile, read_delta_file, write_delta_file
-from fastgrad.errors import DeltaError
+from fastgrad.delta_files import DeltaFile, not_finite, read_delta_file, write_delta_file
+from fastgrad.errors import DeltaError, PartialError
 from fastgrad.identity import model_parameters, tensors_hash, weights_hash, whole
-from fastgrad.packed import refresh_packed
-from fastgrad.partial import Partial
+from fastgrad.partial import Partial, check_plain
 from fastgrad_kernels.layout import gather_blocks, matrix_view, write_blocks_
 
 # Deltas that were applied to a model and not reverted, in that order, by number.
@@ -43,11 +44,24 @@ class AppliedDelta:
         own = model_parameters(self._model)
         for name, ids in self.delta.ids.items():
             self.before[name] = _read(own[name], self.delta.grid(name), ids)
-        for name, ids in self.delta.ids.items():
-            _write(own[name], self.delta.grid(name), ids, self.delta.values[name])
-        refresh_packed(self._model)
-        self._written = self._hash()
+        with self._all_or_nothing(self.before):
+            self._write(self.delta.values)
+            self._written = self._hash()
         _APPLIED.setdefault(self._model, []).append(self._number)
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        own = model_parameters(self._model)
+        for name, value in values.items():
+            _write(own[name], self.delta.grid(name), self.delta.ids[name], value)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, before: Mapping[str, Tensor]) -> Iterator[None]:
+        """An error between two parameters (no memory left, Ctrl-C) leaves neither model."""
+        try:
+            yield
+        except BaseException:
+            self._write(before)
+            raise
 
     def _hash(self) -> str:
         """Of the values of the delta's blocks as they are now in the model."""
@@ -64,11 +78,12 @@ class AppliedDelta:
         Deltas that were applied one after another are reverted from the last to the first.
 
         Raises:
-            DeltaError: if it was reverted before, another delta was applied after it, or its
-                blocks were changed since; the model is unchanged then.
+            DeltaError: if it was reverted before, another delta was applied after it, its blocks
+                were changed since, or the model is partial by now; the model is unchanged then.
         """
         if self.reverted:
             raise DeltaError("this delta was reverted already")
+        _check_plain(self._model, "taken back from")
         applied = _APPLIED[self._model]
         if applied[-1] != self._number:
             later = len(applied) - applied.index(self._number) - 1
@@ -81,10 +96,8 @@ class AppliedDelta:
                 "weights of this delta were changed since it was applied, so that reverting it "
                 "would not give the base weights. Remedy: load the base model again"
             )
-        own = model_parameters(self._model)
-        for name, old in self.before.items():
-            _write(own[name], self.delta.grid(name), self.delta.ids[name], old)
-        refresh_packed(self._model)
+        with self._all_or_nothing(self.delta.values):
+            self._write(self.before)
         applied.pop()
         self.reverted = True
 
@@ -97,8 +110,9 @@ def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
     to call this, and one of them writes the file.
 
     Raises:
-        DeltaError: if the partial model was made without the hash of its base weights, or the file
-            cannot be written; what stood at ``path`` before is unchanged then.
+        DeltaError: if the partial model was made without the hash of its base weights, a trained
+            block holds NaN or infinity, or the file cannot be written; what stood at ``path``
+            before is unchanged then.
         PartialError: if it was removed.
     """
     if not isinstance(partial, Partial):
@@ -125,6 +139,13 @@ def save_delta(partial: Partial, path: str | os.PathLike[str]) -> int:
         base_hash=partial.base_hash,
         result_hash=weights_hash(partial.model),
     )
+    for name in ids:
+        if (where := not_finite(delta, name)) is not None:
+            raise DeltaError(
+                f"{where} holds NaN or infinity after training: nobody could load this delta. "
+                f"{path} is unchanged. Remedy: go back to an earlier checkpoint and a lower "
+                "learning rate; Partial.save() and state_dict() keep the present state as it is"
+            )
     return sharded.once(partial.model, lambda: write_delta_file(delta, path))
 
 
@@ -137,16 +158,27 @@ def load_delta(
     with the first one.
 
     Args:
-        model: the base model; changed in place.
+        model: the base model, not partial and not sharded; changed in place.
         path: file written by :func:`save_delta`.
         check_base: compare the content hash of the model with the delta's.
 
     Raises:
-        DeltaError: if the file is missing or damaged, or was made for other weights; the model
-            is unchanged then.
+        DeltaError: if the file is missing or damaged, was made for other weights, or the model
+            cannot take it (partial, sharded, on the meta device); the model is unchanged then.
     """
     delta = read_delta_file(path)
+    _check_plain(model, "loaded into")
     own = model_parameters(model)
+    for name, p in own.items():
+        if p.is_meta and (check_base or name in delta.shapes):
+            raise DeltaError(
+                f"{name} is on the meta device and has no content. Remedy: load the base weights "
+                "into the model first, then the delta"
+            )
+        if sharded.is_sharded(p):
+            raise DeltaError(
+                f"{name} is cut up over processes. Remedy: load the delta before fully_shard"
+            )
     for name, shape in delta.shapes.items():
         if name not in own or tuple(own[name].shape) != shape:
             raise DeltaError(
@@ -175,6 +207,19 @@ def load_delta(
             applied.revert()
             raise
     return applied
+
+
+def _check_plain(model: nn.Module, done: str) -> None:
+    """Raises DeltaError for a partial model: its own delta would lack these blocks, and its masters
+    their digits."""
+    try:
+        check_plain(model)
+    except PartialError:
+        raise DeltaError(
+            f"a delta cannot be {done} a model that is being trained partially: a delta of this "
+            "training would lack the blocks that are not selected. Remedy: load or revert it "
+            "before make_partial, or call remove() on the Partial first"
+        ) from None
 
 
 def check_result(delta: DeltaFile, found: str) -> None:

@@ -190,11 +190,23 @@ def _check_values(path: object, delta: DeltaFile, name: str) -> None:
             grid.check_ids(ids.numpy(), name)
     except BlockSpecError as error:
         raise DeltaError(f"{path} is damaged: {error}") from error
-    if not bool(torch.isfinite(values).all()):
-        raise DeltaError(f"{path} holds NaN or infinity for {name}")
+    if (where := not_finite(delta, name)) is not None:
+        raise DeltaError(f"{path} holds NaN or infinity in {where}")
     expected = grid.shape if ids is None else (ids.numel(), grid.block_rows, grid.block_cols)
     if tuple(values.shape) != expected:
         raise DeltaError(
             f"{path} is damaged: {name} has values of shape {tuple(values.shape)}, "
             f"expected {expected}"
         )
+
+
+def not_finite(delta: DeltaFile, name: str) -> str | None:
+    """Which blocks of a parameter hold NaN or infinity, in words; None if there are none."""
+    ids, values = delta.ids[name], delta.values[name]
+    if bool(torch.isfinite(values).all()):
+        return None
+    if ids is None:
+        return name
+    bad = ids[(~torch.isfinite(values)).flatten(1).any(1).cpu()].tolist()
+    shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    return f"{name}, block{'s' * (len(bad) > 1)} {shown} of {delta.grid(name).spec!r}"

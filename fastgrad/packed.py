@@ -323,14 +323,6 @@ class PartialModule(nn.Module):
             blocks.refresh()
 
 
-def refresh_packed(model: nn.Module) -> None:
-    """Packed parameters of ``model`` take over what was written to its full weights."""
-    for module in model.modules():
-        if isinstance(module, PartialModule):
-            for blocks in module._fastgrad_packed.values():
-                blocks.refresh()
-
-
 _CLASSES: dict[Any, Any] = {}
 
 

@@ -381,7 +381,8 @@ def make_partial(
         allow_other_weights: accept a selection that was made for other weights.
 
     Raises:
-        PartialError: if the model is partial already, or ``master_dtype`` is not a dtype.
+        PartialError: if the model is partial already, has no content to hash (meta tensors), or
+            ``master_dtype`` is not a dtype.
         SelectionError: if the selection names unknown parameters, other shapes or other weights.
     """
     if master_dtype is not None and not isinstance(master_dtype, torch.dtype):
@@ -391,6 +392,8 @@ def make_partial(
     check_plain(model)
     sharded.check_not_wrapped(model)
     check_fits(model_parameters(model), selection)
+    if hash_base:
+        check_has_content(model, "hash_base=False to plan without it")
     base = weights_hash(model) if hash_base else None
     wanted = selection.weights_hash
     if base is not None and wanted is not None and base != wanted and not allow_other_weights:
@@ -511,6 +514,16 @@ def check_plain(model: nn.Module) -> None:
             raise PartialError(
                 "this model is partial already, and suspended. Remedy: leave the block of "
                 "suspended() first"
+            )
+
+
+def check_has_content(model: nn.Module, otherwise: str) -> None:
+    """Raises PartialError if a weight is on the meta device."""
+    for name, p in model_parameters(model).items():
+        if p.is_meta:
+            raise PartialError(
+                f"{name} is on the meta device and has no content. Remedy: load the model's "
+                f"weights first; {otherwise}"
             )
 
 

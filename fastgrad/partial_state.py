@@ -20,7 +20,14 @@ from fastgrad.blocks import check_spec, check_specs
 from fastgrad.errors import BlockSpecError, PartialError, SelectionError
 from fastgrad.files import atomic_path
 from fastgrad.identity import model_parameters, tensors_hash, weights_hash, whole
-from fastgrad.partial import Partial, as_it_stands, build, check_fits, check_plain
+from fastgrad.partial import (
+    Partial,
+    as_it_stands,
+    build,
+    check_fits,
+    check_has_content,
+    check_plain,
+)
 from fastgrad.selection import Selection
 from fastgrad_kernels.layout import gather_blocks, matrix_view
 
@@ -114,6 +121,7 @@ def load_partial(
         raise PartialError(f"{path} is damaged: {error!r}") from error
     check_plain(model)
     sharded.check_not_wrapped(model)
+    check_has_content(model, "the partial file holds the trained blocks alone")
     own = model_parameters(model)
     _check_model(path, own, selection)
     values = {}
