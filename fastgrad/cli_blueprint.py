@@ -13,6 +13,7 @@ from fastgrad.cli_common import (
     beside,
     emit,
     emit_json,
+    emit_text,
     in_one_line,
     note,
     open_blueprint,
@@ -39,6 +40,13 @@ def create(
         list[str] | None, typer.Option(help="What the data is about; may be repeated.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Hub id of the model.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Of the model: commit, tag or branch.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the data set; what the statistics say by default; repeatable."),
+    ] = None,
     created: Annotated[
         str | None, typer.Option(help="ISO date to write; today by default.")
     ] = None,
@@ -56,13 +64,13 @@ def create(
 
     blueprint = Blueprint.from_stats(
         GradientStats.load(stats, blocks=False), domain_tags=domain or [], name_or_path=name,
-        created=created, tokens_per_step=tokens_per_step,
+        revision=revision, datasets=dataset or (), created=created, tokens_per_step=tokens_per_step,
     )  # fmt: skip
     path = blueprint.save_pretrained(output)
     if as_json:
         emit_json({"path": str(path), "n_submodules": len(blueprint.names)})
     else:
-        emit(blueprint.summary())
+        emit_text(blueprint.summary())
         note(f"wrote {path}")
 
 
@@ -76,7 +84,7 @@ def show(blueprint: BlueprintRef, as_json: Json = False) -> None:
     if as_json:
         emit(found.to_json(), end="")
     else:
-        emit(found.summary())
+        emit_text(found.summary())
 
 
 @verb(blueprint_app, "validate")

@@ -6,7 +6,9 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -66,6 +68,25 @@ def emit(text: str, *, end: str = "\n") -> None:
         # What is still buffered must not raise again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(BROKEN_PIPE) from None
+
+
+def emit_text(text: str) -> None:
+    """Text for people: on a terminal, lines that are too long go on below where they began."""
+    if not sys.stdout.isatty():
+        return emit(text)
+    width = shutil.get_terminal_size().columns
+    lines = []
+    for line in text.splitlines():
+        label = re.match(r"(\S+:? +)(?=\S+ \S)", line)
+        hang = len(label[1]) if label and len(label[1]) <= 12 else 2
+        if "  " in line[hang:]:  # a row of a table
+            lines.append(line)
+            continue
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=" " * hang, break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]  # fmt: skip
+    emit("\n".join(lines))
 
 
 def emit_json(value: Any) -> None:

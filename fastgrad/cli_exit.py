@@ -26,8 +26,9 @@ MEANING = {
     "change nothing",
     NO: "a check was made and the answer is no: validate (not a blueprint), verify (other "
     "weights), diff (they differ), staleness (drifted, or a different model)",
-    UNDECIDED: "a check could not be decided: verify (the file holds no hash), staleness (the "
-    "sample is too small)",
+    UNDECIDED: "a check could not be decided: verify (the file holds no hash), staleness and "
+    "nearest (the sample is too small, or too close to several domains), diff (nothing says how "
+    "noisy the two are)",
     INTERRUPTED: "interrupted by Ctrl-C; no file was left half written",
     BROKEN_PIPE: "whoever read the output went away, as `| head` does; quiet",
 }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastgrad.cli_common import Json, ModelRef, emit, emit_json, usage
+from fastgrad.cli_common import Json, ModelRef, emit_json, emit_text, usage
 from fastgrad.cli_models import meta_model
 from fastgrad.cli_values import DTYPES, batch_shape_of, dtype_of
 
@@ -59,4 +59,4 @@ def plan(
     if as_json:
         emit_json(found.to_dict() | ({} if cost is None else {"flops": cost.to_dict()}))
     else:
-        emit(found.table() + ("" if cost is None else f"\n\n{cost.table()}"))
+        emit_text(found.table() + ("" if cost is None else f"\n\n{cost.table()}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -74,6 +75,7 @@ def probe(
     import torch
 
     from fastgrad.blocks import in_words
+    from fastgrad.blueprint_provenance import public_command
     from fastgrad.cli_common import usage
     from fastgrad.probe import Probe
 
@@ -99,7 +101,7 @@ def probe(
             net(**batch).loss.backward()
     stats = measuring.stats()
     stats.meta["data"] = {
-        "datasets": [sample.meta()],
+        "datasets": [sample.meta()], "command": public_command(sys.argv),
         **({"seed": seed or 0} if kind == "masked" else {}),
     }  # fmt: skip
     stats.save(output)

@@ -63,6 +63,10 @@ def select_command(
     seed: Annotated[
         int | None, typer.Option(help="Of --ranking random; 0 by default.")
     ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(help="Tag of the blueprint's domain; the primary one by default."),
+    ] = None,
     local: Annotated[
         Path | None, typer.Option(help="Statistics of a local sample, to blend in.")
     ] = None,
@@ -111,7 +115,7 @@ def select_command(
     })  # fmt: skip
     shape, dtype = batch_shape_of(batch), dtype_of(master)
     granularity = granularity_of(blocks)
-    measured = source_of(source, local, weight or "auto")
+    measured = source_of(source, local, weight or "auto", domain)
     reads_weights = ranking in ("magnitude", "relative")
     reference = model
     if reference is None and (

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def source_of(reference: str, local: Path | None, weight: str) -> Blueprint | GradientStats:
+def source_of(
+    reference: str, local: Path | None, weight: str, domain: str | None = None
+) -> Blueprint | GradientStats:
     """What to select from: statistics, or a blueprint with a local sample blended in."""
     from fastgrad.stats import GradientStats
     from fastgrad.stats_shards import INDEX_NAME
@@ -30,8 +32,13 @@ def source_of(reference: str, local: Path | None, weight: str) -> Blueprint | Gr
         if local is not None:
             raise typer.BadParameter("--local is blended into a blueprint, and this source is "
                                      "statistics. Remedy: fastgrad blueprint create first")
+        if domain is not None:
+            raise typer.BadParameter("it is of a blueprint, and this source is statistics",
+                                     param_hint="--domain")  # fmt: skip
         return GradientStats.load(path, blocks=False)
     blueprint = open_blueprint(reference)
+    if domain is not None:
+        blueprint = blueprint.domain(domain)
     if local is None:
         return blueprint
     return blueprint.blend(GradientStats.load(local, blocks=False), weight=share)

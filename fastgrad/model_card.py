@@ -298,7 +298,7 @@ def _findings(blueprint: Blueprint) -> list[tuple[str, str]]:
         rows.append(("power law", f"{tail.verdict}: {_plain(tail.reason)}"))
     for name, k in file.k_star.items():
         warning = ", over-aggressive: keeps less than half" if k.over_aggressive else ""
-        rows.append((f"k* for {_plain(name)}", f"{k.value:.1%}{warning}"))
+        rows.append((f"k\\* for {_plain(name)}", f"{k.value:.1%}{warning}"))
     if noise.noise_scale is not None:
         rows.append(("gradient noise scale", f"{noise.noise_scale:,.1f} examples"))
     half = noise.split_half_reliability

@@ -13,7 +13,7 @@ import pytest
 
 import fastgrad as fg
 from fastgrad import cli
-from fastgrad.cli_common import check_writable
+from fastgrad.cli_common import check_writable, emit_text
 from tests.test_cli import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +153,21 @@ def test_a_reader_that_goes_away_is_no_error():
     err = process.stderr.read()
     process.stderr.close()
     assert (process.wait(60), err) == (141, b"")
+
+
+def test_long_lines_go_on_below_where_they_began_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    row = f"{'name':<20}  {'share':>6}  {'change':>8}  rank"
+    text = f"k*         {'words ' * 10}end\nfresh: {'much ' * 12}\n\nshort\n{row}"
+    emit_text(text)
+    assert capsys.readouterr().out == text + "\n"  # a pipe is given the lines as they are
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    emit_text(text)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == ["", "short", row]  # rows of a table stay whole
+    assert all(len(line) <= 40 for line in lines[:-1])
+    assert [line[:11] for line in lines[:3]] == ["k*         ", " " * 11, " " * 11]
+    assert " ".join(" ".join(lines[:-3]).split()) == " ".join(text.split("\n\n")[0].split())
 
 
 @pytest.mark.parametrize("no_color", [False, True])
