@@ -60,6 +60,10 @@ class ResourceError(FastgradError, ValueError):
     """A resource model or a plan with impossible numbers."""
 
 
+class PrivacyError(FastgradError, ValueError):
+    """A private release that would not be what it claims to be."""
+
+
 class MissingExtraError(FastgradError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
