@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = ("transformers",)
+_MODULES = ("peft_export", "transformers")
 
-__all__ = ["transformers"]  # loaded by __getattr__
+__all__ = ["peft_export", "transformers"]  # loaded by __getattr__
 
 
 def __getattr__(name: str) -> Any:
