@@ -25,10 +25,9 @@ def source_of(
 ) -> Blueprint | GradientStats:
     """What to select from: statistics, or a blueprint with a local sample blended in."""
     from fastgrad.stats import GradientStats
-    from fastgrad.stats_shards import INDEX_NAME
 
     path, share = Path(reference), weight_of(weight)
-    if path.suffix == ".safetensors" or (path / INDEX_NAME).is_file():
+    if _holds_statistics(path):
         if local is not None:
             raise typer.BadParameter("--local is blended into a blueprint, and this source is "
                                      "statistics. Remedy: fastgrad blueprint create first")
@@ -42,6 +41,19 @@ def source_of(
     if local is None:
         return blueprint
     return blueprint.blend(GradientStats.load(local, blocks=False), weight=share)
+
+
+def _holds_statistics(path: Path) -> bool:
+    """Whether it is a file or folder of statistics, whatever its name: safetensors begins with the
+    length of its header, a blueprint is JSON."""
+    from fastgrad.stats_shards import INDEX_NAME
+
+    if not path.is_file():
+        return path.suffix == ".safetensors" or (path / INDEX_NAME).is_file()
+    with path.open("rb") as file:
+        head = file.read(9)
+    is_json = head.lstrip().startswith(b"{")
+    return path.suffix == ".safetensors" or (head[8:] == b"{" and not is_json)
 
 
 def granularity_of(values: Sequence[str] | None) -> str | dict[str, str] | None:

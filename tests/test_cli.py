@@ -462,6 +462,11 @@ def test_select_from_statistics(run, released, tmp_path):
     loaded = GradientStats.load(stats, blocks=False)
     assert Selection.load(target) == select(loaded, fraction=0.2, ranking="norm")
     assert run("select", stats, "--fraction", 0.2, "--local", stats, "-o", target)[0] == 2
+    named = tmp_path / "of-any-name"
+    named.write_bytes(stats.read_bytes())
+    again = tmp_path / "again.json"
+    assert run("select", named, "--fraction", 0.2, "--ranking", "norm", "-o", again)[0] == 0
+    assert again.read_text() == target.read_text()
 
 
 def test_select_blends_a_local_sample(run, released, tmp_path):
