@@ -26,6 +26,7 @@ _PUBLIC = {
     "MemoryPlanner": "planner",
     "Meter": "meter",
     "Partial": "partial",
+    "PrivateNorms": "privacy",
     "Probe": "probe",
     "Reselection": "reselection_schedule",
     "Selection": "selection",
@@ -46,6 +47,7 @@ _PUBLIC = {
     "merge_delta": "delta_merge",
     "plan_flops": "flops",
     "plan_memory": "planner",
+    "private_norms": "privacy",
     "save_delta": "delta",
     "select": "choosing",
     "select_jointly": "jointly",
@@ -101,6 +103,8 @@ if TYPE_CHECKING:
     from fastgrad.partial_state import load_partial as load_partial
     from fastgrad.planner import MemoryPlanner as MemoryPlanner
     from fastgrad.planner import plan_memory as plan_memory
+    from fastgrad.privacy import PrivateNorms as PrivateNorms
+    from fastgrad.privacy import private_norms as private_norms
     from fastgrad.probe import Probe as Probe
     from fastgrad.reselection_schedule import Reselection as Reselection
     from fastgrad.resources import CostModel as CostModel

@@ -132,7 +132,13 @@ class Submodule(Part):
     signal_sq: float | None = Field(
         None, description="unbiased estimate of ‖E g‖²; negative where noise dominates"
     )
-    grad_norm: Amount | None = Field(None, description="√(batch_sum_sq / n_batches)")
+    grad_norm: Amount | None = Field(
+        None, description="√(batch_sum_sq / n_batches); of a private release √(noised_norm² − "
+        "privacy.noise_std²), or 0"
+    )
+    noised_norm: float | None = Field(
+        None, description="private release: norm of the mean clipped gradient, plus noise"
+    )
     rms: Amount | None = Field(None, description="grad_norm / √(number of elements)")
     relative_norm: Amount | None = Field(None, description="grad_norm / weight_norm")
     weight_norm: Amount | None = None
@@ -323,12 +329,33 @@ class Checkpoint(Part):
 
 
 class Privacy(Part):
-    """What was done to protect the examples."""
+    """What was done to protect the examples; fields but the first two are null if nothing was."""
 
-    mechanism: str = "none"
+    mechanism: str = Field("none", description="gaussian: noise on every submodule's norm")
     statement: str = (
         "Exact aggregates over the examples; no clipping, no noise, no privacy guarantee."
     )
+    unit: str | None = Field(None, description="what is protected: an example, a row of a batch")
+    adjacency: Literal["replace_one", "zero_out", "add_or_remove_one"] | None = Field(
+        None, description="which data sets count as neighbours"
+    )
+    clip_norm: Amount | None = Field(
+        None, description="length that an example's gradient of the whole model was cut to"
+    )
+    n: Count | None = Field(None, description="public number that the sum was divided by")
+    sensitivity: Amount | None = Field(
+        None, description="L2, of the vector of all submodules' norms"
+    )
+    noise_multiplier: Amount | None = Field(None, description="noise_std / sensitivity")
+    noise_std: Amount | None = Field(None, description="of the noise on each submodule's norm")
+    n_submodules: Count | None = Field(None, description="norms released at once")
+    n_above_noise: Count | None = Field(
+        None, description="of these, noised norms above twice noise_std; the others say little"
+    )
+    epsilon: Amount | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    accountant: str | None = Field(None, description="library and method behind epsilon")
+    released: str | None = Field(None, description="norms, or ranks or deciles alone")
 
 
 class Provenance(Part):
