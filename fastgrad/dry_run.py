@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastgrad.errors import ResourceError
+from fastgrad.folding import Irregular, Repeats, configs_of, layer_lists, numbers_of
 from fastgrad.identity import model_parameters, unwrapped
 from fastgrad.known_values import MOST_INTEGERS, KnownValues
 from fastgrad.packed import PartialModule, uninstall
@@ -75,6 +76,13 @@ def simpler(selection: Selection, model: nn.Module) -> Selection:
     return Selection(selection.shapes, selection.spec, blocks, specs=specs)
 
 
+def whole_model(own: Mapping[str, Tensor]) -> Selection:
+    """All parameters that can be trained."""
+    shapes = {n: tuple(p.shape) for n, p in own.items()}
+    blocks: Any = {n: [0] for n, p in own.items() if p.is_floating_point() and p.numel()}
+    return Selection(shapes, "module", blocks)
+
+
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
     """The shape of a grouped product, in the dtypes for which PyTorch has a kernel and no shape."""
     groups = () if offsets is None or a.ndim != b.ndim else (offsets.shape[0],)
@@ -93,13 +101,20 @@ class DryRun:
     Args:
         model: on any device, the meta device included.
         batch_shape: ``(rows, tokens)`` of a text model's batch.
+        repeats, kept: copy these layers alone of the ones that repeat, in this order.
 
     Raises:
         ResourceError: if ``batch_shape`` is no pair of positive numbers, or the model cannot be
             copied.
     """
 
-    def __init__(self, model: nn.Module, batch_shape: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_shape: tuple[int, int],
+        repeats: Repeats | None = None,
+        kept: Sequence[int] = (),
+    ) -> None:
         check_batch_shape(batch_shape)
         self.batch_shape = batch_shape
         self._fake = _FakeMode(allow_non_fake_inputs=True)
@@ -109,13 +124,20 @@ class DryRun:
             raise ResourceError("a model without parameters cannot be planned")
         device = next(iter(own.values())).device
         self.device = torch.device("cpu") if device.type == "meta" else device
-        self.model = self._copy(unwrapped(model))
+        self.model = self._copy(unwrapped(model), repeats, kept)
+        #: The layers that repeat, of which there may be fewer than in the model.
+        self.layers = [] if repeats is None else list(self.model.get_submodule(repeats.path))  # type: ignore[call-overload]
         self.partial: Partial | None = None
 
-    def _copy(self, model: nn.Module) -> nn.Module:
+    def _copy(self, model: nn.Module, repeats: Repeats | None, kept: Sequence[int]) -> nn.Module:
         memo: dict[int, Any] = {}
+        layers: Any = None if repeats is None else model.get_submodule(repeats.path)
+        dropped: set[nn.Module] = set()
+        if layers is not None:
+            gone = (layer for i, layer in enumerate(layers) if i not in kept)
+            dropped = {m for layer in gone for m in layer.modules()}
         with self._fake:
-            for module in model.modules():
+            for module in (m for m in model.modules() if m not in dropped):
                 for p in module._parameters.values():
                     if p is not None and id(p) not in memo:
                         memo[id(p)] = nn.Parameter(self._empty_like(p), p.requires_grad)
@@ -123,6 +145,8 @@ class DryRun:
                     if b is not None and id(b) not in memo:
                         memo[id(b)] = self._buffer(b)
         try:
+            if layers is not None:
+                memo[id(layers)] = nn.ModuleList(copy.deepcopy(layers[i], memo) for i in kept)
             twin = copy.deepcopy(model, memo)
         except Exception as error:
             raise ResourceError(
@@ -132,6 +156,14 @@ class DryRun:
         for module in twin.modules():
             if isinstance(module, PartialModule):
                 uninstall(module)
+        if layers is not None:
+            for position, (i, layer) in enumerate(zip(kept, memo[id(layers)], strict=True)):
+                for module in layer.modules():
+                    module.__dict__.update(dict.fromkeys(numbers_of(module, i), position))
+            own = {id(c) for c in configs_of(model)}
+            for config in (c for c in configs_of(twin) if id(c) not in own):
+                for key, value in layer_lists(config, len(layers)).items():
+                    config.__dict__[key] = [value[i] for i in kept]
         return twin.train()
 
     def _buffer(self, buffer: Tensor) -> Tensor:
@@ -151,11 +183,8 @@ class DryRun:
         self, selection: Selection | None, master_dtype: torch.dtype | None = None
     ) -> Partial:
         """Let the copy train ``selection`` (all weights that can be trained, if None)."""
-        own = model_parameters(self.model)
         if selection is None:
-            shapes = {n: tuple(p.shape) for n, p in own.items()}
-            blocks = {n: [0] for n, p in own.items() if p.is_floating_point() and p.numel()}
-            selection = Selection(shapes, "module", blocks)  # type: ignore[arg-type]
+            selection = whole_model(model_parameters(self.model))
         with self.active():
             self.partial = make_partial(
                 self.model, selection, master_dtype, hash_base=False, allow_other_weights=True
@@ -207,6 +236,8 @@ class DryRun:
         """Any error inside as ours, with the remedy."""
         try:
             yield
+        except Irregular:
+            raise
         except Exception as error:
             raise ResourceError(
                 f"the training step of {type(self.model).__name__} cannot be planned: its {what} "

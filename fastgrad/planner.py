@@ -9,9 +9,8 @@ forward pass but the loss, and sets gradients to None after the step.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.blocks import BlockGrid
-from fastgrad.dry_run import DryRun, check_batch_shape, simpler
+from fastgrad.dry_run import DryRun, check_batch_shape, simpler, whole_model
 from fastgrad.errors import ResourceError
+from fastgrad.folding import Irregular, find_repeats
 from fastgrad.identity import model_parameters
 from fastgrad.live_bytes import TEMPORARY, LiveBytes
 from fastgrad.optim import SparseAdamW
+from fastgrad.partial import as_it_stands
+from fastgrad.plans import Plan, with_unit
 from fastgrad.selection import Selection
+from fastgrad.train_step import FoldedPasses, Passes, mark_standing, run_passes
 from fastgrad_kernels.adamw_cpu import PIECE
 
 STEP_BYTES = 4  # one float32 step count per trained tensor
@@ -40,7 +43,7 @@ OPTIMIZERS = {
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(Plan):
     """Bytes of each term of a training step.
 
     Attributes:
@@ -50,7 +53,7 @@ class MemoryPlan:
             backward pass), ``temporary`` (all else that is alive at the peak: gradients of
             activations, logits, dense gradients that are cut, working copies) and
             ``not_at_once`` (negative: the part of the terms that is not alive at the peak). They
-            add up to ``total``.
+            add up to ``total``, which is then the peak of the step.
         full_terms: the same for training every weight with the same optimizer.
         n_trained, n_total: number of weights.
         notes: what the figures leave out.
@@ -59,72 +62,32 @@ class MemoryPlan:
         full_phases: the same for training every weight.
     """
 
-    terms: dict[str, int]
-    full_terms: dict[str, int]
-    n_trained: int
-    n_total: int
-    notes: tuple[str, ...] = field(default=())
     phases: dict[str, int] = field(default_factory=dict)
     full_phases: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def total(self) -> int:
-        """Bytes of all terms; with a batch shape the peak of a training step."""
-        return sum(self.terms.values())
+    _unit = "bytes"
 
-    @property
-    def full_total(self) -> int:
-        """:attr:`total` for training every weight."""
-        return sum(self.full_terms.values())
+    @staticmethod
+    def _human(amount: float) -> str:
+        return human(amount)
 
-    @property
-    def saved(self) -> int:
-        """Bytes saved against training every weight."""
-        return self.full_total - self.total
-
-    def table(self) -> str:
-        """A plain text table, one line per term."""
-        lines = [
-            f"trained weights: {self.n_trained:,} of {self.n_total:,} "
-            f"({self.n_trained / self.n_total:.1%})",
-            f"{'term':<18}{'selection':>14}{'full tuning':>14}{'saved':>14}",
+    def _last_rows(self) -> list[tuple[str, int, int]]:
+        return [
+            ("peak" if self.phases else "total", self.total, self.full_total),
+            *((f"  in {name}", size, self.full_phases[name]) for name, size in self.phases.items()),
         ]
-
-        def row(name: str, size: int, full: int) -> None:
-            lines.append(
-                f"{name.replace('_', ' '):<18}{human(size):>14}{human(full):>14}"
-                f"{human(full - size):>14}"
-            )
-
-        for term, size in self.terms.items():
-            row(term, size, self.full_terms[term])
-        row("peak" if self.phases else "total", self.total, self.full_total)
-        for phase, size in self.phases.items():
-            row(f"  in {phase}", size, self.full_phases[phase])
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
-        return {
-            "terms_bytes": self.terms,
-            "full_terms_bytes": self.full_terms,
-            "total_bytes": self.total,
-            "full_total_bytes": self.full_total,
+        return super().to_dict() | {
             "phases_bytes": self.phases,
             "full_phases_bytes": self.full_phases,
-            "n_trained": self.n_trained,
-            "n_total": self.n_total,
-            "notes": list(self.notes),
         }
 
 
 def human(size: float) -> str:
     """Bytes with a decimal unit (1 GB = 1e9 bytes, as DESIGN's figures and memory makers do)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
+    return with_unit(size, ("B", "kB", "MB", "GB", "TB"))
 
 
 def plan_memory(
@@ -161,7 +124,8 @@ class MemoryPlanner:
     """Plans many selections of one model: what does not depend on them is found once.
 
     Without a batch shape a plan is arithmetic. With one, a step is run on fake tensors for each
-    selection; the same selection is not run twice.
+    selection; the same selection is not run twice. Of layers that repeat, those are run of which
+    the like has not been run before (:mod:`fastgrad.train_step`).
 
     Args:
         model, optimizer, batch_shape, master_dtype: as for :func:`plan_memory`.
@@ -186,6 +150,10 @@ class MemoryPlanner:
         self._optimizer, self._batch_shape = optimizer, batch_shape
         self._master_dtype = master_dtype
         self._runs: dict[Any, tuple[dict[str, int], dict[str, int]]] = {}
+        repeats = None if batch_shape is None else find_repeats(model)
+        self._folded: FoldedPasses | None = None
+        if repeats is not None and batch_shape is not None:
+            self._folded = FoldedPasses(model, batch_shape, master_dtype, repeats)
 
     def plan(self, selection: Selection | None = None) -> MemoryPlan:
         """The plan of one selection (all weights if None).
@@ -202,6 +170,9 @@ class MemoryPlanner:
                 "the peak of a step that keeps nothing of the forward pass but the loss; scratch "
                 "inside operators, libraries and code are not counted"
             ]
+            if any(p.is_meta for p in self._own.values()):
+                notes.append("the model is on the meta device: planned as on a CPU, with its "
+                             "attention kernels")
         total = sum(p.numel() for p in self._own.values())
         trained = total if selection is None else selection.n_parameters
         return MemoryPlan(
@@ -224,64 +195,86 @@ class MemoryPlanner:
         self, selection: Selection | None, batch_shape: tuple[int, int], terms: dict[str, int]
     ) -> dict[str, int]:
         """Run a step on fake tensors: the peak of each phase. Completes ``terms``."""
-        run = DryRun(self._model, batch_shape)
-        if selection is not None:
+        if selection is None:
+            selection = whole_model(self._own)
+        else:
             selection = simpler(selection, self._model)
+        passes, step = self._put_together(selection, terms) or self._run(selection, batch_shape)
+        phases = {"forward": passes.forward, "backward": passes.backward, "optimizer": step}
+        peak = max(phases.values(), key=Counter.total)
+        terms["activations"], terms[TEMPORARY] = passes.saved, peak[TEMPORARY]
+        terms["not_at_once"] = sum(
+            peak[term] - size for term, size in terms.items() if term != TEMPORARY
+        )
+        return {name: at_most.total() for name, at_most in phases.items()}
+
+    def _run(
+        self, selection: Selection, batch_shape: tuple[int, int]
+    ) -> tuple[Passes, Counter[str]]:
+        """The passes of the whole model, and the bytes by kind at the peak of the optimizer's
+        step."""
+        run = DryRun(self._model, batch_shape)
         partial = run.select(selection, self._master_dtype)
         bytes_ = LiveBytes()
         with run.active():
             optimizer = _OPTIMIZERS[self._optimizer](list(partial.parameters()))
             _make_state(optimizer, run)
-            bytes_.mark((p for p in model_parameters(run.model).values()), "weights")
-            bytes_.mark(run.model.buffers(), "buffers")
-            bytes_.mark((b.packed for b in partial.packed), "packed")
-            bytes_.mark((b.ids for b in partial.packed if not b.whole), "packed")
-            for state in optimizer.state.values():
-                bytes_.mark((t for t in state.values() if isinstance(t, Tensor)), "optimizer")
-            moments = _Peaks(bytes_)
-
-            def keep(tensor: Tensor) -> Tensor:
-                bytes_.mark([tensor], "activations")
-                return tensor
-
-            for p in partial.parameters():
-                p.register_post_accumulate_grad_hook(
-                    lambda p: bytes_.mark([p.grad], "gradients")
-                )
-            with bytes_, moments.of("forward"):
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                    loss = run.loss()
-                terms["activations"] = bytes_.live["activations"]
-            with bytes_, moments.of("backward"), run.explained("backward pass"):
-                loss.backward()
-                del loss
-            copies = working_copies(optimizer) if self._optimizer == "adamw" else 0
-            with bytes_, moments.of("optimizer", copies), run.explained("optimizer step"):
+            mark_standing(run, bytes_)
+            _mark_state(optimizer, bytes_)
+            passes = run_passes(run, bytes_).passes
+            bytes_.restart()
+            with bytes_, run.explained("optimizer step"):
                 optimizer.step()
-        terms[TEMPORARY] = moments.at_most[TEMPORARY]
-        terms["not_at_once"] = sum(
-            moments.at_most[term] - size for term, size in terms.items() if term != TEMPORARY
+            if self._optimizer == "adamw":
+                bytes_.at_most[TEMPORARY] += working_copies(partial.parameters())
+        return passes, bytes_.at_most
+
+    def _put_together(
+        self, selection: Selection, terms: dict[str, int]
+    ) -> tuple[Passes, Counter[str]] | None:
+        """What :meth:`_run` finds, from the runs of a few layers; None where that cannot be done:
+        where layers do not repeat, or another optimizer than ours writes blocks through."""
+        if self._folded is None:
+            return None
+        dtype = self._master_dtype
+        as_they_stand = all(
+            as_it_stands(selection, n, self._own[n], dtype) for n in selection.blocks
         )
-        return moments.phases
-
-
-class _Peaks:
-    """The most bytes of each phase, and by kind in the phase with the most."""
-
-    def __init__(self, bytes_: LiveBytes) -> None:
-        self._bytes = bytes_
-        self.phases: dict[str, int] = {}
-        self.at_most: Counter[str] = Counter()
-
-    @contextlib.contextmanager
-    def of(self, phase: str, unseen: int = 0) -> Iterator[None]:
-        """``unseen``: temporary bytes inside an operator, which has all others alive."""
-        self._bytes.restart()
-        yield
-        self._bytes.at_most[TEMPORARY] += unseen
-        self.phases[phase] = self._bytes.at_most.total()
-        if self.phases[phase] > self.at_most.total():
-            self.at_most = self._bytes.at_most
+        if self._optimizer != "adamw" and not as_they_stand:
+            return None
+        standing = {t: terms[t] for t in ("weights", "buffers", "packed", "optimizer")}
+        try:
+            passes = self._folded.of(selection, Counter(standing))
+        except Irregular:
+            self._folded = None
+            return None
+        run, bytes_ = self._folded.run, LiveBytes()
+        with run.active():
+            trained = [
+                torch.empty(
+                    packed_shape(selection, n, self._own[n]),
+                    dtype=dtype or self._own[n].dtype,
+                    device=run.device,
+                )
+                for n in selection.blocks
+            ]
+            stepped = trained
+            if self._optimizer == "adamw":  # allocates for lists of tensors, not for each
+                stepped = [torch.empty_like(p) for p in {p.dtype: p for p in trained}.values()]
+            optimizer = _OPTIMIZERS[self._optimizer](stepped)
+            _make_state(optimizer, run)
+            for p in stepped:
+                p.grad = torch.zeros_like(p)
+                bytes_.mark([p, p.grad], "standing")
+            _mark_state(optimizer, bytes_)
+            bytes_.restart()
+            with bytes_, run.explained("optimizer step"):
+                optimizer.step()
+            if self._optimizer == "adamw":
+                bytes_.at_most[TEMPORARY] += working_copies(trained)
+        at_most = Counter(passes.left)
+        at_most[TEMPORARY] += bytes_.at_most[TEMPORARY]
+        return passes, at_most
 
 
 _OPTIMIZERS: dict[str, Any] = {
@@ -304,12 +297,25 @@ def _make_state(optimizer: torch.optim.Optimizer, run: DryRun) -> None:
         p.grad = None
 
 
-def working_copies(optimizer: torch.optim.Optimizer) -> int:
+def _mark_state(optimizer: torch.optim.Optimizer, bytes_: LiveBytes) -> None:
+    for state in optimizer.state.values():
+        bytes_.mark((t for t in state.values() if isinstance(t, Tensor)), "optimizer")
+
+
+def packed_shape(selection: Selection, name: str, p: Tensor) -> tuple[int, ...]:
+    """Of the tensor that is trained for a parameter."""
+    if selection.is_whole(name):
+        return tuple(p.shape)
+    grid: BlockGrid = selection.grid(name)
+    return len(selection.blocks[name]), grid.block_rows, grid.block_cols
+
+
+def working_copies(trained: Iterable[Tensor]) -> int:
     """Bytes of the float32 copies through which our update on a CPU takes parameters of lower
     precision, a piece at a time."""
     most = 0
     kinds: dict[Any, int] = {}  # elements that wait for the next update, by list of the step
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
+    for p in trained:
         if p.device.type != "cpu" or p.dtype not in (torch.bfloat16, torch.float16):
             continue
         unit = p[0].numel() if p.ndim == 3 else 1

@@ -160,7 +160,7 @@ def test_the_planned_peak_is_the_measured_one(make, dtype, master, spec):
         (BF16, None, None, "adamw", "optimizer"),
         (BF16, None, "row", "adamw", "optimizer"),
         (BF16, FP32, "module", "adamw", "backward"),
-        (FP32, None, "row", "sgd", "optimizer"),
+        (FP32, None, "row", "sgd", "backward"),
     ],
 )
 def test_weights_decide_where_tokens_are_few(dtype, master, spec, optimizer, phase):
