@@ -102,7 +102,7 @@ def peft(
         "min_rank": min_rank, "max_rank": max_rank, "whole": whole, "tied": tied,
         "ranking": ranking, "include": include or None, "exclude": exclude or None,
     }  # fmt: skip
-    base = {} if Path(reference).exists() else {"base_model_name_or_path": reference}
+    base: dict[str, Any] = {} if Path(reference).exists() else {"base_model_name_or_path": reference}
     task = _TASKS.get(kind_of(config_of(reference)))
     with _noted(silent=as_json):
         config = peft_config(

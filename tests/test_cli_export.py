@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -70,18 +67,13 @@ def test_peft_reads_what_is_written(run, folder, tmp_path):
     assert "wrote" in err
 
 
-def test_the_same_in_every_process(folder, tmp_path):
-    texts = set()
-    for seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-m", "fastgrad.cli", "export", "peft", str(folder), "--count", "9"],
-            capture_output=True, text=True, cwd=Path(__file__).parent.parent,
-            env=os.environ | {"PYTHONHASHSEED": seed},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert len(json.loads(done.stdout)["target_modules"]) > 1
-        texts.add(done.stdout)
-    assert len(texts) == 1
+def test_the_same_in_every_process(run, folder):
+    """PEFT keeps names in a set, whose order is another in every process."""
+    code, out, err = run("peft", folder, "--count", 9)
+    assert code == 0, err
+    names = json.loads(out)["target_modules"]
+    assert len(names) > 1
+    assert names == sorted(names)
 
 
 def test_json_says_what_is_left_out(run, folder, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastgrad as fg
 from fastgrad import cli
-from fastgrad.blueprint_schema import FILE_NAME, VECTORS_NAME
+from fastgrad.blueprint_schema import DOMAIN_VECTORS_NAME, FILE_NAME, VECTORS_NAME
 from fastgrad.errors import BlueprintError, MissingExtraError
 from fastgrad.hub import is_repo_id
 from tests.hub_stand_in import TOKEN, stand_in
@@ -23,14 +23,18 @@ from tests.hub_stand_in import TOKEN, stand_in
 ROOT = Path(__file__).parent.parent
 
 
-def blueprint_of(blocks: str = "row", seed: int = 0) -> fg.Blueprint:
+def blueprint_of(
+    blocks: str = "row", seed: int = 0, data_seed: int | None = None, tag: str = "toy"
+) -> fg.Blueprint:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    if data_seed is not None:
+        torch.manual_seed(data_seed)
     with fg.Probe(model, blocks=blocks) as probe:
         for _ in range(4):
             model.zero_grad()
             model(torch.randn(5, 6)).square().mean().backward()
-    return fg.Blueprint.from_stats(probe.stats(), model, ["toy"], created="2025-01-02")
+    return fg.Blueprint.from_stats(probe.stats(), model, [tag], created="2025-01-02")
 
 
 def files_of(blueprint: fg.Blueprint, folder: Path) -> dict[str, bytes]:
@@ -209,6 +213,20 @@ def test_push_and_read_again(hub, with_rows, without_rows, tmp_path):
     n = len(repository.commits)
     without_rows.push_to_hub("org/new")  # nothing new
     assert len(repository.commits) == n
+
+
+def test_several_domains_with_their_vectors(hub, with_rows):
+    other = blueprint_of(data_seed=9, tag="other")
+    both = with_rows.with_domain(other)
+    both.push_to_hub("org/both")
+    repository = hub.repositories["org/both"]
+    assert {FILE_NAME, VECTORS_NAME, DOMAIN_VECTORS_NAME} < set(repository.files())
+    found = fg.Blueprint.from_pretrained("org/both")
+    assert found.to_json() == both.to_json()
+    for name, values in other.block_sq.items():
+        assert np.array_equal(found.domain("other").block_sq[name], values)
+    with_rows.push_to_hub("org/both")  # of one domain again
+    assert DOMAIN_VECTORS_NAME not in repository.files()
 
 
 def test_push_as_a_pull_request_or_to_a_branch(hub, with_rows, tmp_path):
