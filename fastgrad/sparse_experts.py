@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgrad.sparse_layers import Stripes, stripes_of
+from fastgrad.sparse_layers import stripes_of
 from fastgrad_kernels import ops
 from fastgrad_kernels.layout import matrix_view
+from fastgrad_kernels.stripes import Stripes
 
 if TYPE_CHECKING:
     from fastgrad.packed import PackedBlocks
@@ -67,7 +68,7 @@ class _Meet(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        touched = ctx.like.new_zeros(len(grads), ctx.stripes.grid.cols)
+        touched = ctx.like.new_zeros(len(grads), ctx.stripes.cols)
         for row, grad in zip(touched, grads, strict=True):
             if grad is not None:
                 row.view(grad.shape).copy_(grad)

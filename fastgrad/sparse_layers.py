@@ -8,8 +8,6 @@ where the input needs none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,85 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgrad.sparse_products import wgrad
-from fastgrad_kernels.layout import accumulation_dtype, gather_blocks
+from fastgrad_kernels import ops, stripes
+from fastgrad_kernels.layout import accumulation_dtype
+from fastgrad_kernels.stripes import Stripes
 
 if TYPE_CHECKING:
-    from fastgrad.blocks import BlockGrid
     from fastgrad.packed import PackedBlocks
 
 
-@dataclass(frozen=True)
-class Stripes:
-    """The rows of a weight's matrix that selected blocks touch: no gradient beyond these is formed.
-
-    Attributes:
-        rows: int64 ``[m]``, ascending; whole block rows, of which only the last may be short.
-        place: int64 ``[grid_rows]``, which of the touched block rows it is, -1 for none.
-        ids: int64 ``[n]``, the selected blocks' numbers in the matrix of these rows alone.
-        grid: the weight's blocks.
-    """
-
-    rows: Tensor
-    place: Tensor
-    ids: Tensor
-    grid: BlockGrid
-
-    def cut(self, touched: Tensor) -> Tensor:
-        """Packed blocks ``[n, block_rows, block_cols]`` of the touched rows ``[m, cols]``."""
-        grid = self.grid
-        if self.in_order and touched.shape[0] == self.ids.numel() * grid.block_rows:
-            return touched.reshape(-1, grid.block_rows, grid.cols)  # no copy
-        return gather_blocks(touched, self.ids, grid.block_rows, grid.block_cols)
-
-    def slots(self, index: Tensor) -> Tensor:
-        """Where in the touched rows each row in ``index`` (int64, any shape) lies, -1 for none."""
-        place = self.place[index // self.grid.block_rows]
-        slot = place * self.grid.block_rows + index % self.grid.block_rows
-        return torch.where(place < 0, -1, slot)
-
-    @cached_property
-    def in_order(self) -> bool:
-        """The selected blocks are the touched rows, stripe after stripe."""
-        return self.grid.grid_cols == 1 and bool((self.ids.diff() > 0).all())
-
-    @cached_property
-    def slot_of(self) -> dict[int, int]:
-        """Row -> where in the touched rows it lies, on the host."""
-        return {row: slot for slot, row in enumerate(self.rows.tolist())}
-
-    @cached_property
-    def runs(self) -> list[tuple[int, int, int, int]]:
-        """Selected blocks that lie side by side, as ``(first of them in the packed tensor, block
-        row, first block column, how many)``; on the host."""
-        found: list[tuple[int, int, int, int]] = []
-        block_row = (self.rows[:: self.grid.block_rows] // self.grid.block_rows).tolist()
-        for slot, block in enumerate(self.ids.tolist()):
-            i, j = block_row[block // self.grid.grid_cols], block % self.grid.grid_cols
-            if found and found[-1][1] == i and found[-1][2] + found[-1][3] == j:
-                first, _, begin, count = found[-1]
-                found[-1] = first, i, begin, count + 1
-            else:
-                found.append((slot, i, j, 1))
-        return found
-
-
 def stripes_of(blocks: PackedBlocks) -> Stripes:
-    """The touched rows of a weight; computed once for a selection."""
-    ids, grid = blocks.ids, blocks.grid
-    known: tuple[Tensor, Stripes] | None = blocks.__dict__.get("_stripes")
-    if known is not None and known[0] is ids:
-        return known[1]
-    touched, slot = torch.unique(ids // grid.grid_cols, return_inverse=True)
-    place = torch.full((grid.grid_rows,), -1, dtype=torch.int64, device=ids.device)
-    place[touched] = torch.arange(touched.numel(), device=ids.device)
-    rows = touched[:, None] * grid.block_rows + torch.arange(grid.block_rows, device=ids.device)
-    rows = rows.view(-1)
-    stripes = Stripes(
-        rows[rows < grid.rows], place, slot * grid.grid_cols + ids % grid.grid_cols, grid
-    )
-    blocks.__dict__["_stripes"] = (ids, stripes)
-    return stripes
+    """The rows of a weight's matrix that its selected blocks touch."""
+    grid = blocks.grid
+    return stripes.stripes_of(blocks.ids, grid.rows, grid.cols, grid.block_rows, grid.block_cols)
 
 
 class Overlay(torch.autograd.Function):
@@ -166,7 +97,7 @@ class SparseLinear(torch.autograd.Function):
     ) -> Tensor:
         x_needs, packed_needs = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if packed_needs else None, full if x_needs else None)
-        ctx.ids, ctx.stripes = blocks.ids, stripes_of(blocks)
+        ctx.ids, ctx.block = blocks.ids, (blocks.grid.block_rows, blocks.grid.block_cols)
         ctx.transposed, ctx.dtype = transposed, packed.dtype
         if not transposed:
             return F.linear(x, full, bias)
@@ -184,7 +115,7 @@ class SparseLinear(torch.autograd.Function):
         if x is not None:
             x2 = x.reshape(-1, x.shape[-1])
             left, right = (x2, g2) if ctx.transposed else (g2, x2)
-            grad_packed = wgrad(left, right, ctx.ids, ctx.stripes).to(ctx.dtype)
+            grad_packed = ops.sparse_wgrad(left, right, ctx.ids, *ctx.block).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = g2.sum(0)
         return grad_x, grad_packed, grad_bias, None, None, None
@@ -213,14 +144,39 @@ class SparseRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        stripes: Stripes = ctx.stripes
+        touches: Stripes = ctx.stripes
         index = index.reshape(-1)
-        slots = stripes.slots(index)
-        keep = slots >= 0
+        slots = touches.slots(index)
         if ctx.padding_idx is not None:
-            keep &= index != ctx.padding_idx
-        grad = grad_out.reshape(index.numel(), stripes.grid.cols)[keep]
-        grad = grad.to(accumulation_dtype(grad))
-        touched = grad.new_zeros(stripes.rows.numel(), stripes.grid.cols)
-        touched.index_add_(0, slots[keep], grad)
-        return stripes.cut(touched).to(ctx.dtype), None, None, None, None
+            slots = torch.where(index == ctx.padding_idx, -1, slots)
+        grad = grad_out.reshape(index.numel(), touches.cols)
+        summed = sum_rows(grad, slots, touches.rows.numel(), filtered=grad.device.type == "cpu")
+        return touches.cut(summed).to(ctx.dtype), None, None, None, None
+
+
+#: Rows that take what belongs nowhere: one alone would be added to by all at once.
+SPARE_ROWS = 64
+
+
+def sum_rows(grad: Tensor, slots: Tensor, n: int, *, filtered: bool) -> Tensor:
+    """Sum of the rows of ``grad`` that have the same slot.
+
+    Args:
+        grad: ``[tokens, cols]``.
+        slots: int64 ``[tokens]``, below ``n``; rows of negative slots are left out.
+        filtered: leave them out first, which costs less, but on a GPU the host would wait to learn
+            how many remain. Else they are added to spare rows.
+
+    Returns:
+        ``[n, cols]``, float32 (float64 for float64).
+    """
+    dtype = accumulation_dtype(grad)
+    if filtered:
+        keep = slots >= 0
+        grad, slots, spare = grad[keep], slots[keep], 0
+    else:
+        spare = SPARE_ROWS
+        aside = torch.arange(slots.numel(), device=slots.device) % spare + n
+        slots = torch.where(slots < 0, aside, slots)
+    sums = torch.zeros(n + spare, grad.shape[1], dtype=dtype, device=grad.device)
+    return sums.index_add_(0, slots, grad.to(dtype))[:n]

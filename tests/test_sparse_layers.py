@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import fastgrad as fg
-from fastgrad import sparse_products
 from fastgrad.blocks import BlockGrid
 from fastgrad.identity import model_parameters
 from fastgrad.packed import PackedBlocks
 from fastgrad.partial import make_partial
 from fastgrad.sparse_layers import SparseRows, linear
+from fastgrad_kernels import sparse_wgrad_cpu
 from tests.models import MODELS, batch_of, randomised
 from tests.test_partial import selection_of
 
@@ -99,7 +99,7 @@ def test_blocks_may_come_in_any_order(spec):
 
 @pytest.mark.parametrize("part", [1, 2000])
 def test_small_tiles_are_formed_in_bounded_parts(part, monkeypatch):
-    monkeypatch.setattr(sparse_products, "PART", part)
+    monkeypatch.setattr(sparse_wgrad_cpu, "PART", part)
     torch.manual_seed(0)
     model, x = nn.Linear(70, 100).double(), torch.randn(6, 70, dtype=torch.float64)
     run = lambda m: m(x).square().sum()  # noqa: E731

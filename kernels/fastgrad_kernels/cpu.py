@@ -27,6 +27,7 @@ from fastgrad_kernels.layout import (
     norm_chunks,
     sum_of_squares,
 )
+from fastgrad_kernels.sparse_wgrad_cpu import sparse_wgrad
 
 # A scratch tile of about 1024 x 1024 float32 (4 MiB): measured best of 256..2048 on two x86
 # cores at widths 512 to 8192; smaller tiles starve the matrix product.
@@ -389,28 +390,6 @@ def _example_sums(matrix: Tensor, bounds: Sequence[int]) -> Tensor:
     return torch.stack(sums) if sums else matrix.new_zeros(0, matrix.shape[1])
 
 
-def sparse_wgrad(
-    left: Tensor, right: Tensor, ids: Tensor, block_rows: int, block_cols: int
-) -> Tensor:
-    """See :func:`fastgrad_kernels.ops.sparse_wgrad`."""
-    dtype = accumulation_dtype(left)
-    left, right = left.to(dtype), right.to(dtype)
-    rows, cols = left.shape[1], right.shape[1]
-    grid_c = -(-cols // block_cols)
-    packed = left.new_zeros(ids.numel(), block_rows, block_cols)
-    if block_rows >= rows:  # columns or column stripes: one product over the gathered columns
-        return _stripe(left, right, ids % grid_c, block_cols, packed)
-    if block_cols >= cols and block_rows == 1:  # rows: one product over the gathered rows
-        packed[:, 0, :cols] = left[:, ids].T @ right
-        return packed
-    block_row = ids // grid_c
-    for i in torch.unique(block_row).tolist():
-        where = (block_row == i).nonzero().squeeze(1)
-        stripe = left[:, i * block_rows : (i + 1) * block_rows]
-        packed[where] = _stripe(stripe, right, ids[where] % grid_c, block_cols, packed[where])
-    return packed
-
-
 def expert_wgrad(left: Tensor, right: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     """See :func:`fastgrad_kernels.ops.expert_wgrad`."""
     dtype = accumulation_dtype(left)
@@ -419,17 +398,6 @@ def expert_wgrad(left: Tensor, right: Tensor, offsets: Tensor, ids: Tensor) -> T
     for i, expert in enumerate(ids.tolist()):
         tokens = slice(bounds[expert], bounds[expert + 1])
         torch.mm(left[tokens].T, right[tokens], out=packed[i])
-    return packed
-
-
-def _stripe(left: Tensor, right: Tensor, blocks: Tensor, width: int, packed: Tensor) -> Tensor:
-    """One product of a stripe of rows with the columns of several blocks side by side."""
-    cols = right.shape[1]
-    columns = (blocks[:, None] * width + torch.arange(width, device=blocks.device)).view(-1)
-    inside = columns < cols
-    product = left.T @ right[:, columns.clamp_max(cols - 1)]
-    product *= inside
-    packed[:, : left.shape[1]] = product.unflatten(1, (-1, width)).transpose(0, 1)
     return packed
 
 

@@ -7,7 +7,8 @@ edge and corner are each a regular sub-matrix, so that all work is done on strid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ def grid_shape(rows: int, cols: int, block_rows: int, block_cols: int) -> tuple[
     return -(-rows // block_rows), -(-cols // block_cols)
 
 
-def _regions(
-    rows: int, cols: int, block_rows: int, block_cols: int
-) -> Iterator[tuple[slice, slice, int, int, slice, slice]]:
+Region: TypeAlias = tuple[slice, slice, int, int, slice, slice]
+
+
+def _regions(rows: int, cols: int, block_rows: int, block_cols: int) -> Iterator[Region]:
     """Regular sub-matrices: (row slice, col slice, height, width, grid rows, grid cols)."""
     full_r, full_c = rows // block_rows, cols // block_cols
     row_parts = [(slice(0, full_r * block_rows), block_rows, slice(0, full_r))]
@@ -62,25 +64,59 @@ def block_sums(matrix: Tensor, block_rows: int, block_cols: int) -> Tensor:
 
 def _groups(
     matrix: Tensor, ids: Tensor, block_rows: int, block_cols: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:
-    """For each regular region: (view [gr, h, gc, w], i, j, where in packed, h, w)."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]]:
+    """For each regular region: (view [gr, h, gc, w], i, j, where in packed, h, w); ``where`` is
+    None for all of them."""
     rows, cols = matrix.shape
+    if matrix.is_meta or not ids.numel():  # nothing to be read or written
+        return
     grid_cols = -(-cols // block_cols)
     i, j = ids // grid_cols, ids % grid_cols
-    for rs, cs, h, w, grs, gcs in _regions(rows, cols, block_rows, block_cols):
-        inside = (i >= grs.start) & (i < grs.stop) & (j >= gcs.start) & (j < gcs.stop)
-        where = inside.nonzero().squeeze(1)
-        if where.numel() == 0:
+    regions = list(_regions(rows, cols, block_rows, block_cols))
+    places = _places(ids, i, j, regions)
+    for (rs, cs, h, w, grs, gcs), where in zip(regions, places, strict=True):
+        if where is not None and where.numel() == 0:
             continue
         view = matrix[rs, cs].unflatten(1, (-1, w)).unflatten(0, (-1, h))
-        yield view, i[where] - grs.start, j[where] - gcs.start, where, h, w
+        row, col = (i, j) if where is None else (i[where], j[where])
+        yield view, row - grs.start, col - gcs.start, where, h, w
+
+
+def _places(
+    ids: Tensor, i: Tensor, j: Tensor, regions: Sequence[Region]
+) -> Sequence[Tensor | None]:
+    """Which blocks lie in each region, int64; None for all of them.
+
+    To count them a GPU's host waits. Block numbers stay the same for a whole training run, so what
+    was found is kept with them until they change.
+    """
+    if len(regions) == 1:
+        return [None]
+    key = None
+    if type(ids) is Tensor and not ids.is_inference() and not torch.compiler.is_compiling():
+        key = [r[2:] for r in regions], ids._version
+        known = ids.__dict__.get("_fastgrad_places")
+        if known is not None and known[0] == key:
+            found: Sequence[Tensor | None] = known[1]
+            return found
+    places: list[Tensor | None] = []
+    for _, _, _, _, grs, gcs in regions:
+        inside = (i >= grs.start) & (i < grs.stop) & (j >= gcs.start) & (j < gcs.stop)
+        where = inside.nonzero().squeeze(1)
+        places.append(None if where.numel() == ids.numel() else where)
+    if key is not None:
+        ids._fastgrad_places = key, places  # type: ignore[attr-defined]
+    return places
 
 
 def gather_blocks(matrix: Tensor, ids: Tensor, block_rows: int, block_cols: int) -> Tensor:
     """Packed copy ``[n, block_rows, block_cols]`` of the blocks in ``ids`` (int64 ``[n]``)."""
     packed = matrix.new_zeros(ids.numel(), block_rows, block_cols)
     for view, i, j, where, h, w in _groups(matrix, ids, block_rows, block_cols):
-        packed[where, :h, :w] = view[i, :, j, :]
+        if where is None:
+            packed[:, :h, :w] = view[i, :, j, :]
+        else:
+            packed[where, :h, :w] = view[i, :, j, :]
     return packed
 
 
@@ -89,7 +125,7 @@ def scatter_blocks_(
 ) -> Tensor:
     """Write packed blocks into ``matrix`` in place, rounding to its dtype; padding is dropped."""
     for view, i, j, where, h, w in _groups(matrix, ids, block_rows, block_cols):
-        blocks = packed if where.numel() == ids.numel() else packed[where]  # a copy
+        blocks = packed if where is None else packed[where]  # a copy
         view[i, :, j, :] = blocks[:, :h, :w].to(matrix.dtype)
     return matrix
 
