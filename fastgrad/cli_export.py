@@ -102,7 +102,9 @@ def peft(
         "min_rank": min_rank, "max_rank": max_rank, "whole": whole, "tied": tied,
         "ranking": ranking, "include": include or None, "exclude": exclude or None,
     }  # fmt: skip
-    base: dict[str, Any] = {} if Path(reference).exists() else {"base_model_name_or_path": reference}
+    base: dict[str, Any] = {}
+    if not Path(reference).exists():  # a hub id; a folder of this machine is nobody else's affair
+        base["base_model_name_or_path"] = reference.rpartition("@")[0] or reference
     task = _TASKS.get(kind_of(config_of(reference)))
     with _noted(silent=as_json):
         config = peft_config(
