@@ -234,8 +234,8 @@ def diff(one: Blueprint, other: Blueprint) -> BlueprintDiff:
     verdict, reason = _judge(identical, different, found, halves, provenance)
     spearman, tau, jaccard = found or (None, None, None)
     return BlueprintDiff(
-        identical, verdict, reason, provenance, *alone, differing, spearman, tau, jaccard,
-        halves[0], halves[1], distance, changes, _fits(one, other),
+        identical, verdict, reason, provenance, alone[0], alone[1], differing, spearman, tau,
+        jaccard, halves[0], halves[1], distance, changes, _fits(one, other),
     )  # fmt: skip
 
 
@@ -300,10 +300,10 @@ def _changes(
     found = []
     for n in names:
         x, y = entries[0][n].share or 0.0, entries[1][n].share or 0.0
-        variances = entries[0][n].share_variance, entries[1][n].share_variance
+        a, b = entries[0][n].share_variance, entries[1][n].share_variance
         z = None
-        if variances[0] is not None and variances[1] is not None and sum(variances) > 0:
-            z = (y - x) / math.sqrt(variances[0] + variances[1])
+        if a is not None and b is not None and a + b > 0:
+            z = (y - x) / math.sqrt(a + b)
         found.append(ShareChange(n, x, y, y - x, z, ranks[0][n], ranks[1][n]))
     found.sort(key=lambda c: -abs(c.change))
     distance = 0.5 * math.fsum(abs(c.change) for c in found) if found else None

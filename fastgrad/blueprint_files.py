@@ -96,7 +96,7 @@ def encode(
     def named(content: Any, vectors: Vectors, name: str, prefix: str) -> Any:
         entry: BlockVectors | None = None
         if vectors.block_sq:
-            new = {
+            new: dict[str, Any] = {
                 "file": name, "sha256": digests[name], "spec": vectors.spec,
                 "specs": dict(vectors.specs), "prefix": prefix,
             }  # fmt: skip

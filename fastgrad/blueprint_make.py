@@ -96,7 +96,7 @@ def _data(stats: GradientStats, tokens: int | None, origin: Origin) -> dict[str,
     about = meta.get("data") or {}
     if not isinstance(about, Mapping):
         raise BlueprintError("meta['data'] of the statistics is not a mapping")
-    datasets = [
+    datasets: list[dict[str, Any]] = [
         {"name": d} if isinstance(d, str) else dict(d)
         for d in origin.datasets or about.get("datasets") or ()
     ]

@@ -247,7 +247,7 @@ def _submodule(
     assert b.batch_sum_sq is not None
     worst = max(a, b, key=lambda s: _WORSE.index(s.coverage))
     known = a.example_sum_sq is not None and b.example_sum_sq is not None
-    counts = (a.n_examples, b.n_examples) if known else (0, 0)
+    counts = [a.n_examples, b.n_examples] if known else [0, 0]
     total, n_batches = a.batch_sum_sq + b.batch_sum_sq, a.n_batches + b.n_batches
     norm = math.sqrt(total / n_batches)
     weight = a.weight_norm if a.weight_norm is not None else b.weight_norm

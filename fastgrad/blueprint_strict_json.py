@@ -10,6 +10,14 @@ import math
 from typing import Any
 
 MAX_BYTES = 64 * 2**20
+
+#: An object takes about 40 times the bytes in memory that it takes in the file, a list 30 times:
+#: they are counted before any is made. A file of :data:`MAX_BYTES` in the form that
+#: :func:`canonical_json` writes stays far below.
+MAX_OBJECTS = 2**19
+MAX_LISTS = 2**19
+MAX_VALUES = 2**23
+MAX_DIGITS = 400  # the largest double has 309; conversion takes the square of the digits
 MAX_DEPTH = 64  # the blueprint's schema itself needs 7 levels; extra keys get the rest
 
 
@@ -21,11 +29,16 @@ def parse_json(data: bytes) -> Any:
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data)} bytes; no such file is larger than {MAX_BYTES}")
+    for sign, what, most in ((b"{", "objects", MAX_OBJECTS), (b"[", "lists", MAX_LISTS),
+                             (b",", "values", MAX_VALUES)):  # fmt: skip
+        if data.count(sign) > most:
+            raise ValueError(f"more than {most} {what}; no such file has as many")
     try:
         value = json.loads(
             data.decode("utf-8"),
             parse_constant=_refuse_constant,
             parse_float=_finite_float,
+            parse_int=_whole,
             object_pairs_hook=_unique_keys,
         )
     except RecursionError:
@@ -36,6 +49,12 @@ def parse_json(data: bytes) -> Any:
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits; no such file holds one")
+    return int(text)
 
 
 def _finite_float(text: str) -> float:

@@ -26,8 +26,14 @@ def describe(file: BlueprintFile) -> str:
         exponent = "" if tail.rank_exponent is None else f"rank exponent {tail.rank_exponent:.2f}, "
         lines.append(f"power law  {exponent}{tail.verdict}: {tail.reason}")
     for name, k in file.k_star.items():
-        warning = " (over-aggressive: keeps less than half)" if k.over_aggressive else ""
+        least = 0.5 if k.over_aggressive_share is None else k.over_aggressive_share
+        warning = f" (over-aggressive: keeps less than {least:.0%})" if k.over_aggressive else ""
         lines.append(f"k*         {k.value:.1%} for {name}{warning}: {k.reason}")
+        if k.paper is not None:
+            lines.append(
+                f"           the paper's closed forms, for comparison: gamma {k.paper.gamma:.3f}, "
+                f"k* {k.paper.value:.1%}"
+            )
     scale = noise.noise_scale_reason if noise.noise_scale is None else f"{noise.noise_scale:,.1f}"
     r = noise.split_half_reliability
     lines.append(
@@ -36,6 +42,16 @@ def describe(file: BlueprintFile) -> str:
            f"halves ({r.n} {r.basis}) agree to Spearman {r.spearman:.2f}, top-20 % Jaccard "
            f"{r.top_jaccard:.2f}")
     )  # fmt: skip
+    if file.merge is not None:
+        lines.append(
+            f"merged     from {len(file.merge.sources)} measurements; not known of the whole: "
+            + (", ".join(sorted(file.merge.not_merged)) or "nothing")
+        )
+    if file.domains:
+        others = "; ".join(
+            f"{', '.join(d.domain_tags)} ({d.data.n_examples:,} examples)" for d in file.domains
+        )
+        lines.append(f"domains    this one ({', '.join(file.domain_tags)}); {others}")
     if file.blend is not None:
         lines.append(f"blend      {file.blend.blend_weight:.2f} released, {file.blend.rule}")
     counts = {
