@@ -10,19 +10,36 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgrad.errors import FastgradError, MissingExtraError
+from fastgrad.errors import FastgradError
 from fastgrad.heavytail import GammaFit, LorenzCurve
+from fastgrad.plots_base import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    matplotlib_module,
+    new_figure,
+    open_axes,
+    percent,
+    save_figure,
+)
+from fastgrad.plots_staleness import staleness_plot
+from fastgrad.plots_tail import rank_size_plot
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",
-)  # fmt: skip
-_COLOURS = (BLACK, BLUE, SKY, ORANGE, VERMILION, GREEN, PURPLE, YELLOW)
-_MARKERS = ("*", "o", "s", "v", "D", "P", "X", "^")
-_GREY = "#767676"
+if TYPE_CHECKING:
+    from fastgrad.blueprint_schema import Gamma
+
 _ABSENT = "#e4e4e4"
 _MANY = 12  # ticks on an axis of the heat map
 
@@ -42,32 +59,24 @@ class ArmPoint:
     loss: float
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots") from error
-    return matplotlib
-
-
 # -- Lorenz curve ------------------------------------------------------------------------
 
 
 def lorenz_plot(
-    ax: Any, curve: LorenzCurve, gamma_fit: GammaFit, *, what: str = "squared gradient norm"
+    ax: Any, curve: LorenzCurve, gamma_fit: GammaFit | Gamma, *, what: str = "squared gradient norm"
 ) -> None:
     """Share of gradient mass in the densest fraction of parameters, with ``k^gamma`` beside it.
 
     Args:
         ax: matplotlib axes.
         curve, gamma_fit: of the same mass, see :func:`fastgrad.heavytail.lorenz` and
-            :func:`fastgrad.heavytail.fit_gamma`.
+            :func:`fastgrad.heavytail.fit_gamma`; or the latter as a blueprint has it.
         what: the mass, for the axis label.
     """
-    _pyplot()
+    matplotlib_module()
     k = np.linspace(0, 1, 401)
-    low, high = gamma_fit.gamma_interval
-    ax.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1.2, label="spread evenly")
+    low, high = (math.nan if end is None else end for end in gamma_fit.gamma_interval)
+    ax.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.2, label="spread evenly")
     if math.isfinite(low) and math.isfinite(high):
         ax.fill_between(k, k**low, k**high, color=ORANGE, alpha=0.25, linewidth=0)
     # How far off it is stands beside it: often no single exponent describes the curve.
@@ -82,15 +91,9 @@ def lorenz_plot(
     ax.plot([at], [share], "o", color=BLUE, markersize=5)
     ax.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="fraction of parameters, densest first",
            ylabel=f"share of {what}", title="Concentration (Lorenz curve)")  # fmt: skip
-    _percent(ax.xaxis)
-    _percent(ax.yaxis)
+    percent(ax.xaxis)
+    percent(ax.yaxis)
     ax.legend(loc="lower right", frameon=False, fontsize=9)
-
-
-def _percent(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 # -- heat map ----------------------------------------------------------------------------
@@ -118,7 +121,7 @@ def place(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple[i
     cells: dict[str, tuple[int, int]] = {}
     for i, name in enumerate(names):
         match = matches[name]
-        module = _short(match[2]) if match else _short(name)
+        module = short(match[2]) if match else short(name)
         if module not in rows:
             rows.append(module)
         if match:
@@ -129,7 +132,7 @@ def place(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple[i
     return rows, columns, cells
 
 
-def _short(module: str) -> str:
+def short(module: str) -> str:
     """A module's name as a tick label: its last two parts, without the usual suffix."""
     module = module.removesuffix(".weight")
     for word in ("model.", "transformer.", "self_attn.", "attention.self.", "mlp."):
@@ -157,7 +160,7 @@ def heat_map(
     Raises:
         FastgradError: if names and values differ in number, or no value is positive.
     """
-    _pyplot()
+    matplotlib_module()
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
@@ -227,19 +230,19 @@ def pareto_plot(
     Raises:
         FastgradError: if there is no arm.
     """
-    _pyplot()
+    matplotlib_module()
     if not arms:
         raise FastgradError("there is no arm to draw")
     front = pareto_front(arms)
-    ax.step([a.resource for a in front], [a.loss for a in front], where="post", color=_GREY,
+    ax.step([a.resource for a in front], [a.loss for a in front], where="post", color=GREY,
             linewidth=1.0, zorder=1, label="not beaten in both")  # fmt: skip
     groups = list(dict.fromkeys(a.group for a in arms))
     for i, group in enumerate(groups):
         points = [a for a in arms if a.group == group]
-        marker = _MARKERS[i % len(_MARKERS)]
+        marker = MARKERS[i % len(MARKERS)]
         ax.scatter(
             [a.resource for a in points], [a.loss for a in points], label=group,
-            color=_COLOURS[i % len(_COLOURS)], marker=marker, s=150 if marker == "*" else 60,
+            color=COLOURS[i % len(COLOURS)], marker=marker, s=150 if marker == "*" else 60,
             edgecolor="white", linewidth=0.8, zorder=3,
         )  # fmt: skip
     ax.margins(0.08)
@@ -258,7 +261,7 @@ def _mark_before(ax: Any, before: float, losses: Sequence[float]) -> None:
     """The loss before training: a line if it is near, else words, so that arms stay apart."""
     spread = max(losses) - min(losses)
     if before - max(losses) <= max(spread, 1e-9):
-        ax.axhline(before, color=_GREY, linestyle=":", linewidth=1.2, zorder=0)
+        ax.axhline(before, color=GREY, linestyle=":", linewidth=1.2, zorder=0)
         where: dict[str, Any] = {"xy": (0.99, before), "xycoords": ("axes fraction", "data")}
         text = "before adaptation"
     else:
@@ -266,7 +269,7 @@ def _mark_before(ax: Any, before: float, losses: Sequence[float]) -> None:
         text = f"before adaptation: {before:.2f}, above this axis"
         ax.set_ylim(top=max(losses) + 0.15 * max(spread, 1e-9))  # room for the words
     ax.annotate(text, **where, xytext=(0, -4), textcoords="offset points", ha="right", va="top",
-                color=_GREY, fontsize=9)  # fmt: skip
+                color=GREY, fontsize=9)  # fmt: skip
 
 
 def pareto_front(arms: Sequence[ArmPoint]) -> list[ArmPoint]:
@@ -304,13 +307,9 @@ def summary_figure(
         title: of the figure.
 
     Returns:
-        A matplotlib ``Figure``, to be saved with ``savefig``.
+        A matplotlib ``Figure``, for :func:`save_figure`.
     """
-    matplotlib = _pyplot()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = matplotlib.figure.Figure(figsize=(12.5, 9.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no window system is needed
+    figure = new_figure(12.5, 9.5)
     top, bottom, foot = figure.subfigures(3, 1, height_ratios=(1, 1, 0.16))
     left, right = top.subplots(1, 2)
     lorenz_plot(left, curve, gamma_fit, what=what)
@@ -323,19 +322,31 @@ def summary_figure(
             ax.set_ylabel("")
     handles, labels = axes[0].get_legend_handles_labels()
     foot.legend(handles, labels, loc="center", ncols=4, frameon=False, fontsize=10)
-    for ax in [left, *axes]:
-        ax.spines[["top", "right"]].set_visible(False)
+    open_axes(left, *axes)
     if title:
         figure.suptitle(title, fontsize=13)
     return figure
 
 
 __all__ = [
+    "BLACK",
+    "BLUE",
+    "GREEN",
+    "ORANGE",
+    "PURPLE",
+    "SKY",
+    "VERMILION",
+    "YELLOW",
     "ArmPoint",
     "heat_map",
     "lorenz_plot",
+    "new_figure",
     "pareto_front",
     "pareto_plot",
     "place",
+    "rank_size_plot",
+    "save_figure",
+    "short",
+    "staleness_plot",
     "summary_figure",
 ]

@@ -1,0 +1,118 @@
+"""Staleness figure: a released blueprint's scores beside those of a local sample."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastgrad.errors import FastgradError
+from fastgrad.plots_base import BLUE, GREY, ORANGE, SKY, VERMILION, matplotlib_module
+from fastgrad.staleness import (
+    JACCARD_TOLERANCE,
+    SPEARMAN_TOLERANCE,
+    TAU_TOLERANCE,
+    TOP,
+    SplitHalf,
+    Staleness,
+)
+from fastgrad.stats import GradientStats
+
+if TYPE_CHECKING:
+    from fastgrad.blueprint import Blueprint
+
+
+def staleness_plot(
+    ax: Any,
+    released: Blueprint,
+    local: GradientStats,
+    result: Staleness | None = None,
+    *,
+    name: str = "released",
+    local_name: str = "local sample",
+) -> None:
+    """Rms gradients of whole parameters, released over local, both axes logarithmic.
+
+    Submodules on one line parallel to the diagonal have the same ranks: the distance between the
+    two is only the scale of the loss. Which ones are in the top 20 % of both, or of one alone, is
+    what a selection depends on. Parameters that are dead in both are left out. The verdict is the
+    title; each statistic stands beside its bar (the same statistic between halves of a sample,
+    less the tolerance).
+
+    Args:
+        ax: matplotlib axes.
+        released, local: what is compared.
+        result: ``released.staleness(local)``, if it is there already.
+        name, local_name: of the two, for the axes.
+
+    Raises:
+        FastgradError: if nothing can be compared.
+        StatsError: if the sample holds no backward pass.
+    """
+    matplotlib_module()
+    result = released.staleness(local) if result is None else result
+    x, y = _common(released, local)
+    if x.size == 0:
+        raise FastgradError("no submodule is alive in both: there is nothing to draw")
+    size = max(1, round(TOP * x.size))
+    top_x, top_y = (np.isin(np.arange(x.size), np.argsort(-v, kind="stable")[:size])
+                    for v in (x, y))  # fmt: skip
+    shift = float(np.median(np.log(y / x)))
+    ends = np.array([min(x.min(), y.min() * math.exp(-shift)) / 1.6,
+                     max(x.max(), y.max() * math.exp(-shift)) * 1.6])  # fmt: skip
+    ax.plot(ends, ends * math.exp(shift), color=GREY, linestyle=":", linewidth=1.2, zorder=1,
+            label="the same ranks")  # fmt: skip
+    groups = (
+        (~top_x & ~top_y, SKY, "o", "neither"), (top_x & top_y, BLUE, "o", "both"),
+        (top_x & ~top_y, ORANGE, "v", f"{name} only"),
+        (~top_x & top_y, VERMILION, "^", f"{local_name} only"),
+    )  # fmt: skip
+    for inside, colour, marker, label in groups:
+        if inside.any():
+            ax.plot(x[inside], y[inside], marker, color=colour, markeredgecolor="white",
+                    markeredgewidth=0.6, markersize=7, zorder=3,
+                    label=f"top {TOP:.0%} of {label}: {int(inside.sum())}"
+                    if label != "neither" else f"others: {int(inside.sum())}")  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel=f"gradient rms, {name}",
+           ylabel=f"gradient rms, {local_name}", title=f"Staleness: {result.verdict}")  # fmt: skip
+    ax.set_xlim(*ends)
+    ax.set_ylim(*(ends * math.exp(shift)))
+    ax.set_aspect("equal")
+    ax.grid(color="#eeeeee", zorder=0)
+    ax.set_axisbelow(True)
+    ax.legend(loc="upper left", frameon=False, fontsize=9)
+    ax.text(0.98, 0.03, statistics_text(result), transform=ax.transAxes, ha="right", va="bottom",
+            fontsize=9, family="monospace", linespacing=1.35)  # fmt: skip
+
+
+def statistics_text(result: Staleness) -> str:
+    """The statistics beside their bars, a line each; what could not be computed is a dash."""
+    rows = []
+    for label, value, tolerance, key in (
+        ("Spearman", result.spearman, SPEARMAN_TOLERANCE, "spearman"),
+        ("weighted tau", result.weighted_tau, TAU_TOLERANCE, "weighted_tau"),
+        (f"top-{TOP:.0%} Jaccard", result.top_jaccard, JACCARD_TOLERANCE, "top_jaccard"),
+    ):
+        halves = [h for h in (result.local, result.released) if isinstance(h, SplitHalf)]
+        bar = min((getattr(h, key) for h in halves), default=None)
+        own = "   -" if value is None else f"{value:.2f}"
+        allowed = "   -" if bar is None else f"{bar - tolerance:.2f}"
+        low = value is not None and bar is not None and value < bar - tolerance
+        rows.append(f"{label:<16} {own} {'< ' if low else '>='} {allowed}")
+    return "\n".join([f"{'':<16} agrees  bar", *rows])
+
+
+def _common(released: Blueprint, local: GradientStats) -> tuple[np.ndarray, np.ndarray]:
+    """Rms of the parameters that both have and that are alive in either."""
+    dead = set(released.dead) & set(local.dead)
+    theirs = {n: float(v[0]) for n, v in released.scores("rms", "module").items()}
+    x, y = [], []
+    for name, norm, n in zip(local.names, local.grad_norm, local.numel, strict=True):
+        if name in theirs and name not in dead and n and theirs[name] > 0 and norm > 0:
+            x.append(theirs[name])
+            y.append(float(norm) / math.sqrt(n))
+    return np.array(x), np.array(y)
+
+
+__all__ = ["staleness_plot", "statistics_text"]
