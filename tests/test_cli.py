@@ -479,17 +479,21 @@ def test_select_blends_a_local_sample(run, released, tmp_path):
 
 def test_plan(run, released, tmp_path):
     model = _loaded(released)
+    with torch.device("meta"):  # what the plan is made on, and says so
+        meta = type(model)(model.config)
     selection = select(Blueprint.from_pretrained(released), fraction=0.2)
     selection.save(tmp_path / "sel.json")
     config_only = tmp_path / "config-only"
     config_only.mkdir()
     (config_only / "config.json").write_text((released / "config.json").read_text())
-    for options, expected in (
-        ([], fg.plan_memory(model)),
-        (["--selection", tmp_path / "sel.json"], fg.plan_memory(model, selection)),
-        (["--optimizer", "sgd", "--batch", "2x8"],
-         fg.plan_memory(model, optimizer="sgd", batch_shape=(2, 8))),
+    for options, chosen, settings in (
+        ([], None, {}),
+        (["--selection", tmp_path / "sel.json"], selection, {}),
+        (["--optimizer", "sgd", "--batch", "2x8"], None,
+         {"optimizer": "sgd", "batch_shape": (2, 8)}),
     ):  # fmt: skip
+        expected = fg.plan_memory(meta, chosen, **settings)
+        assert expected.total == fg.plan_memory(model, chosen, **settings).total
         code, out, err = run("plan", config_only, *options)
         assert code == 0, err
         assert out.rstrip("\n") == expected.table().rstrip("\n")

@@ -61,7 +61,9 @@ def test_ctrl_c_during_a_probe_leaves_nothing_half_written(model_dir, text_file,
     shown = b""
     try:
         while not re.search(rb"probing.* [1-9]\d*/7000", shown):
-            shown += _read(reader)
+            part = _read(reader)
+            assert part, shown.decode()  # it ended by itself
+            shown += part
         process.send_signal(signal.SIGINT)
         while part := _read(reader):
             shown += part
