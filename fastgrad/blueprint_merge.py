@@ -253,10 +253,10 @@ def _submodule(
     weight = a.weight_norm if a.weight_norm is not None else b.weight_norm
     if a.example_median_norm is not None or b.example_median_norm is not None:
         agreed.lost["submodules.example_median_norm"] = _LOST_MEDIAN
-    mean = None
-    if known and sum(counts) and None not in (a.example_mean_norm, b.example_mean_norm):
+    mean, n_examples = None, counts[0] + counts[1]
+    if n_examples and None not in (a.example_mean_norm, b.example_mean_norm):
         parts = ((a.example_mean_norm or 0.0) * counts[0], (b.example_mean_norm or 0.0) * counts[1])
-        mean = sum(parts) / sum(counts)
+        mean = (parts[0] + parts[1]) / n_examples
     examples = _added(a.example_sum_sq, b.example_sum_sq)
     pairs = data["weight_pair_sum"]
     return {
@@ -271,7 +271,7 @@ def _submodule(
         "batch_sum_with_total": _added(a.batch_sum_with_total, b.batch_sum_with_total),
         "example_sum_sq": examples,
         "example_sum_norm": _added(a.example_sum_norm, b.example_sum_norm) if known else None,
-        "n_examples": sum(counts),
+        "n_examples": n_examples,
         "example_mean_norm": mean,
         "signal_sq": None
         if examples is None or pairs is None or pairs <= 1e-12

@@ -431,7 +431,7 @@ class Measured(Part):
     k_star: dict[str, KStarEntry]
     noise: Noise
     checkpoints: Annotated[list[Checkpoint], FailFast()] = []
-    privacy: Privacy = Privacy()
+    privacy: Privacy = Privacy.model_validate({})
     provenance: Provenance
     block_vectors: BlockVectors | None = None
     blend: Blend | None = None
