@@ -7,7 +7,7 @@ gradient is longer than the clip, and sums them up. Nothing of size examples x p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,14 @@ ExampleLosses = Callable[[nn.Module, Any], Tensor]
 SLACK = 1e-3
 
 _IGNORED = -100
+
+_OWN = (
+    "Remedy: batches made of tensors whose first dimension counts the examples, and one loss of "
+    "its own for each of them"
+)
+
+# A loss in float32 depends on the size of its batch through the order of sums alone.
+_ALONE = 1e-4
 
 
 class ClippedNorms(NamedTuple):
@@ -117,10 +125,11 @@ def clipped_norms(
     if iter(batches) is batches:
         batches = list(batches)  # a generator could be read only once
     with gradients_on(), untouched(model), stand_ins(model) as replaced:
+        _check_alone(model, batches, loss)
         stats = _pass(model, batches, loss)
         norms = np.sqrt(_covered(stats).sum(0))
         limit = clip * (1.0 - SLACK)
-        factors = np.minimum(1.0, limit / np.maximum(norms, np.finfo(np.float64).tiny))
+        factors = limit / np.maximum(norms, limit)
         sums = {
             name: torch.zeros_like(p, dtype=torch.float64)
             for name, p in model_parameters(model).items()
@@ -172,9 +181,9 @@ def _pass(
         )
     if stats.n_examples != seen:
         raise PrivacyError(
-            f"the losses are of {seen} examples, and {stats.n_examples} entered the model: a packed "
-            "row holds several, and an example's loss has to be its own. Remedy: one example a row, "
-            "one loss for each"
+            f"the losses are of {seen} examples, and {stats.n_examples} entered the model: a "
+            "packed row holds several, and an example's loss has to be its own. Remedy: one "
+            "example a row, one loss for each"
         )
     if factors is not None and seen != factors.size:
         raise _differ(f"{factors.size} examples, then {seen}")
@@ -209,6 +218,54 @@ def _covered(stats: GradientStats) -> Array:
                 "they cannot be cut. Remedy: requires_grad_(False) leaves it out of the release"
             )
     return stats.sq
+
+
+def _check_alone(model: nn.Module, batches: Iterable[Any], loss: ExampleLosses) -> None:
+    """The losses of one batch are those of its examples alone.
+
+    The probe reports where activations of examples meet. It cannot see what a loss takes from the
+    other examples' raw data (targets that serve as each other's negatives), nor inside a custom
+    autograd function. This sees both.
+    """
+    device = next(model.parameters()).device
+    for batch in batches:
+        batch = on_device(device, batch)
+        with torch.no_grad():
+            together = _losses(loss(model, batch))
+            n = together.numel()
+            if n < 2:
+                continue  # perhaps the next batch holds more
+            try:
+                alone = torch.cat([_losses(loss(model, _only(batch, j, n))) for j in range(n)])
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+                raise PrivacyError(
+                    f"an example cannot be computed without its batch: {error}. {_OWN}"
+                ) from error
+        if alone.numel() != n:
+            raise PrivacyError(
+                f"a batch has {n} losses, and its examples one by one {alone.numel()}. {_OWN}"
+            )
+        near = (alone - together).abs() <= _ALONE * together.abs().clamp(min=1.0)
+        if not bool(near.all()):
+            j = int((~near).nonzero()[0])
+            raise CoverageError(
+                f"examples meet, or are random: the loss of example {j} alone is {alone[j]:.6g}, "
+                f"in its batch {together[j]:.6g}. What one example changes is then not bounded by "
+                "cutting each one's gradient. Remedy: a loss that is a sum over examples, and no "
+                "randomness in the model"
+            )
+        return
+
+
+def _only(batch: Any, j: int, n: int) -> Any:
+    """Example ``j`` of a batch of ``n``: a batch of one."""
+    if isinstance(batch, Tensor):
+        return batch[j : j + 1] if batch.ndim and batch.shape[0] == n else batch
+    if isinstance(batch, Mapping):
+        return {k: _only(v, j, n) for k, v in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(_only(v, j, n) for v in batch)
+    return batch
 
 
 def _check_clipped(found: Array, expected: Array, limit: float) -> None:

@@ -122,10 +122,17 @@ class PrivateNorms:
             n_bootstrap, seed: of the intervals, which resample submodules and not examples.
 
         Raises:
-            BlueprintError: if an argument does not fit the schema, or no norm rises above zero.
+            BlueprintError: if an argument does not fit the schema, or no norm rises above the
+                noise.
         """
         if isinstance(domain_tags, str):
             raise BlueprintError(f"domain_tags is a list; write [{domain_tags!r}]")
+        if not (self.values > self.noise_std).any():
+            raise BlueprintError(
+                f"no submodule's norm rises above the noise of {self.noise_std:.3g}. Remedy: more "
+                "examples, a larger epsilon, or a clip nearer to the usual length of an example's "
+                "gradient (known from public data)"
+            )
         about = self.about
         document: dict[str, Any] = {
             "model": dict(about["model"]),
