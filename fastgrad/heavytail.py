@@ -276,12 +276,14 @@ def _scan(logs: FloatArray) -> tuple[int, float, float] | None:
     ``logs`` are ascending logarithms.  With ``y = log(x/xmin)`` the fit is an exponential of rate
     ``1/mean(y)``, so each candidate's exponent comes from one suffix sum.  Its KS distance is
 
-        D = max over the tail of |F(x) - fraction of the tail strictly below x|,
+        D = max over the tail in ascending order of |F(x_i) - i/n_tail|,   i = 0, 1, ...,
 
-    the convention of CSN's own code.  Candidates are the distinct values but the two largest.
-    D on a few points of the tail bounds D on all of them from below, so candidates are completed
-    in the order of that bound and the search stops once the bound passes the best D: the result
-    is that of the full search.
+    the convention of CSN's own code.  Among equal values i runs on, so that a heap of ties, where
+    the data jump and the power law does not, counts as the distance it is (``powerlaw`` takes the
+    fraction strictly below and overlooks it).  Candidates are the distinct values but the two
+    largest.  D on a few points of the tail bounds D on all of them from below, so candidates are
+    completed in the order of that bound and the search stops once the bound passes the best D:
+    the result is that of the full search.
     """
     n = logs.size
     below = np.searchsorted(logs, logs, side="left")  # [n] values strictly below each value
@@ -300,7 +302,7 @@ def _scan(logs: FloatArray) -> tuple[int, float, float] | None:
     fractions = np.linspace(0.0, 1.0, min(_COARSE_POINTS, n))
     points = starts[:, None] + np.floor(fractions * (n - 1 - starts)[:, None]).astype(np.int64)
     model = -np.expm1(-slopes[:, None] * (logs[points] - logs[starts][:, None]))
-    seen = (below[points] - starts[:, None]) / count[:, None]
+    seen = (points - starts[:, None]) / count[:, None]
     bound = np.abs(model - seen).max(axis=1)
 
     best, best_distance = -1, math.inf
@@ -309,7 +311,7 @@ def _scan(logs: FloatArray) -> tuple[int, float, float] | None:
             break
         i = int(starts[c])
         model_c = -np.expm1(-slopes[c] * (logs[i:] - logs[i]))
-        distance = float(np.abs(model_c - (below[i:] - i) / count[c]).max())
+        distance = float(np.abs(model_c - np.arange(n - i) / count[c]).max())
         if distance < best_distance:
             best, best_distance = int(c), distance
     return int(starts[best]), float(slopes[best]), best_distance

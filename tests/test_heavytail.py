@@ -309,8 +309,7 @@ def brute_scan(x: Array) -> tuple[float, float, float]:
         tail = x[x >= xmin]
         slope = tail.size / np.log(tail / xmin).sum()
         model = 1.0 - (tail / xmin) ** -slope
-        below = np.array([(tail < value).mean() for value in tail])
-        distance = np.abs(model - below).max()
+        distance = np.abs(model - np.arange(tail.size) / tail.size).max()
         if distance < best[2]:
             best = (xmin, 1.0 + slope, distance)
     return best
@@ -400,11 +399,27 @@ def test_published_results_on_reference_data(powerlaw: Any) -> None:
         ("cities.txt", 52_460, 2.37, 580),
         ("flares.txt", 323, 1.79, 1711),
         ("fires.txt", 6324, 2.2, 521),
+        ("surnames.txt", 111_920, 2.5, 239),  # rounded to heaps of equal values, as are the next
+        ("quakes.txt", 794, 1.64, 11_697),
     ):
         fit = ht.fit_tail(reference_data(powerlaw, name), n_bootstrap=1)
-        assert fit.xmin == pytest.approx(xmin, rel=2e-4), name  # the table rounds
+        assert fit.xmin == pytest.approx(xmin, rel=5e-4), name  # the table rounds
         assert fit.density_exponent == pytest.approx(exponent, abs=0.04), name
         assert fit.n_tail == pytest.approx(n_tail, abs=1), name
+
+
+def test_a_heap_of_ties_counts_as_the_distance_it_is(powerlaw: Any) -> None:
+    """Five of eight values are the smallest: a law that starts there is 4/8 away after them, and
+    the three others alone, 2, 4 and 8, are 0.30 from theirs."""
+    x = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 4.0, 8.0])
+    found = ht._scan(np.log(x))
+    assert found is not None
+    slope = 3 / math.log(1 * 2 * 4)
+    at = 1 - np.array([1.0, 2.0, 4.0]) ** -slope
+    assert found == pytest.approx((5, slope, np.abs(at - np.array([0, 1, 2]) / 3).max()))
+    # powerlaw takes the share strictly below, and so starts the tail of the surnames in a heap.
+    surnames = reference_data(powerlaw, "surnames.txt")
+    assert powerlaw_fit(powerlaw, surnames).n_tail > 9 * 239
 
 
 # --------------------------------------------------------------------------------------------
@@ -522,6 +537,31 @@ def test_pareto_is_supported() -> None:
     assert fit.lognormal_ratio <= 0.0
     assert fit.inner_lognormal_ratio > 0.0
     assert "passes the goodness-of-fit test" in fit.reason
+
+
+@pytest.mark.slow
+def test_page_coverage_of_the_intervals() -> None:
+    """How often a 95 % interval of the rank exponent holds the truth, for 300 values."""
+    rng = np.random.default_rng(3)
+    draws: dict[str, tuple[Callable[[int], Array], float]] = {
+        "power law, a = 0.5": (lambda n: rng.pareto(2.0, n) + 1, 0.5),
+        "power law, a = 0.67": (lambda n: rng.pareto(1.5, n) + 1, 1 / 1.5),
+        "power law above a uniform half": (
+            lambda n: np.append(rng.random(n // 2), rng.pareto(1.5, n - n // 2) + 1), 1 / 1.5,
+        ),
+    }  # fmt: skip
+    found = {}
+    for name, (draw, truth) in draws.items():
+        found[name] = 0
+        for seed in range(100):
+            logs = np.log(np.sort(draw(300)))
+            slopes = ht._resampled_slopes(logs - logs[-1], 199, np.random.default_rng(seed))
+            low, high = ht.interval(1.0 / slopes)
+            found[name] += low <= truth <= high
+    print(found)
+    assert min(found.values()) >= 84  # 0.1 % quantile of a coverage of 92 %
+    for name, held in found.items():
+        page_says(f"| {name} | {held} % |")
 
 
 def test_values_below_the_tail_let_the_lognormal_median_move_down() -> None:
