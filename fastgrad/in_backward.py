@@ -20,7 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from fastgrad.errors import NonFiniteGradientError, PartialError
 from fastgrad.optim import SparseAdamW
 from fastgrad.sharded import is_sharded
-from fastgrad.step_guard import ENDED, IN_BACKWARD, ensure_hooks, write_through
+from fastgrad.step_guard import ENDED, HELD, IN_BACKWARD, ensure_hooks, write_through
 from fastgrad_kernels.layout import sum_of_squares
 
 #: Added to a norm that is divided by, as in torch.nn.utils.clip_grad_norm_.
@@ -167,8 +167,10 @@ class InBackward:
                         "gradients of sharded parameters are reduced after they are complete. "
                         "Remedy: ordinary steps under fully_shard"
                     )
+        self._held: dict[int, Any] = {}  # by which partial model each whole weight is trained
         for group in self.optimizer.param_groups:
             for p in group["params"]:
+                self._held[id(p)] = p.__dict__.get(HELD)
                 if p.requires_grad:
                     self._hooks.append(p.register_post_accumulate_grad_hook(self._arrived))
 
@@ -195,6 +197,13 @@ class InBackward:
             return
         if not self._looked:
             self._look_around()
+        if p.__dict__.get(HELD) is not self._held[id(p)]:
+            raise PartialError(
+                f"{self._name(p)} was trained by a partial model that was removed or made anew, "
+                "and the updates in the backward pass that were set up before would go on beside the "
+                "new ones. Remedy: call remove() on what step_in_backward returned, then "
+                "step_in_backward(the new optimizer)"
+            )
         if id(p) in self.updated:
             raise PartialError(
                 f"a second gradient of {self._name(p)} since the last optimizer.step(): the "

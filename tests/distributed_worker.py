@@ -9,14 +9,9 @@ example alone, its own mean loss, weighted as the processes' loss weights it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import datetime
-import json
 import tempfile
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastgrad as fg
 from fastgrad.errors import FastgradError
+from tests import processes
 from tests.models import batch_of, gemma, llama, randomised
 
 Batch = dict[str, Tensor]
@@ -782,27 +778,9 @@ def fsdp1(model: nn.Module) -> nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="scenarios; all by default")
-    parser.add_argument("--out", help="JSON file for the results")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    results: dict[str, Any] = {}
-    for name in args.names or SCENARIOS:
-        try:
-            results[name] = SCENARIOS[name]()
-        except Exception:  # the other process waits for this one, and says the same
-            results[name] = {"failed": traceback.format_exc()}
-        if dist.get_rank() == 0:
-            found = results[name]
-            numbers = {k: v for k, v in found.items() if isinstance(v, float)}
-            text = ", ".join(f"{k} {v:.0e}" for k, v in numbers.items())
-            print(f"{name:42s} {found.get('failed') or text or 'named'}", flush=True)
-    if args.out and dist.get_rank() == 0:
-        Path(args.out).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    given = processes.arguments(__doc__)
+    with processes.group():
+        processes.run_scenarios(SCENARIOS, given)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,10 @@ element, and by its largest change.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import datetime
 import hashlib
-import json
 import tempfile
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -41,6 +36,7 @@ from fastgrad.identity import model_parameters, unwrapped, whole
 from fastgrad.selection import Selection
 from fastgrad.sharded import local
 from fastgrad_kernels.layout import gather_blocks, scatter_blocks_
+from tests import processes
 from tests.distributed_worker import Batch, even, message, mine, model_of
 from tests.models import batch_of, gpt2, llama, randomised
 
@@ -523,6 +519,26 @@ def fsdp_masters() -> dict[str, Any]:
 
 
 @scenario
+def fsdp_conversion() -> dict[str, Any]:
+    """``model.double()`` after fully_shard exchanges what is inside of each shard; a conversion
+    that would round masters is refused."""
+    base, steps = model_of(), steps_of(3)
+    selection = selection_of(base)
+    model = copy.deepcopy(base)
+    partial = fg.make_partial(model, selection)
+    shard(model)
+    model.double()
+    train(model, partial, sparse_adamw(partial.parameters()), steps)
+    wide = copy.deepcopy(base).double()
+    want = one_process(wide, selection, steps)
+    with_masters = copy.deepcopy(base).bfloat16()
+    fg.make_partial(with_masters, selection, torch.float32)
+    shard(with_masters)
+    refused = message(lambda: with_masters.half())
+    return {**compare(wide, weights_of(model), want, selection), "refused": refused}
+
+
+@scenario
 def fsdp_mixed_precision() -> dict[str, Any]:
     """float32 weights that are gathered as bfloat16: what one process does with bfloat16 weights
     and masters, but that fully_shard rounds each gradient to bfloat16. By SGD: Adam would turn a
@@ -964,39 +980,9 @@ def refusals() -> dict[str, Any]:
 
 def main() -> None:
     global FOLDER
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="scenarios; all by default")
-    parser.add_argument("--out", help="JSON file for the results")
-    parser.add_argument("--folder", help="for checkpoints; a temporary one by default")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    with contextlib.ExitStack() as stack:
-        chosen = [args.folder]
-        if args.folder is None and dist.get_rank() == 0:
-            chosen = [stack.enter_context(tempfile.TemporaryDirectory())]
-        dist.broadcast_object_list(chosen)
-        FOLDER = Path(chosen[0])
-        run(args)
-        dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(args: argparse.Namespace) -> None:
-    results: dict[str, Any] = {}
-    for name in args.names or SCENARIOS:
-        try:
-            results[name] = SCENARIOS[name]()
-        except Exception:  # the other process waits for this one, and says the same
-            results[name] = {"failed": traceback.format_exc()}
-        if dist.get_rank() == 0:
-            found = results[name]
-            numbers = {k: v for k, v in found.items() if isinstance(v, float)}
-            text = ", ".join(f"{k} {v:.2g}" for k, v in numbers.items())
-            print(f"{name:36s} {found.get('failed') or text or 'named'}", flush=True)
-    if args.out and dist.get_rank() == 0:
-        Path(args.out).write_text(json.dumps(results))
+    given = processes.arguments(__doc__, folder="for checkpoints; a temporary one by default")
+    with processes.group(), processes.common_folder(given.folder) as FOLDER:
+        processes.run_scenarios(SCENARIOS, given)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-ROOT = __file__.rsplit("/tests/", 1)[0]
+from tests.processes import launched
+
 QUICK = ("ddp_find_unused", "fsdp", "refusals")
 
 
 def run(out, names=()):
-    command = ["--standalone", "--nproc-per-node", "2", "-m", "tests.blueprint_log_worker", *names]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *command, "--out", str(out)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return json.loads(out.read_text())
+    return launched("tests.blueprint_log_worker", out, *names)
 
 
 @pytest.fixture(scope="module")

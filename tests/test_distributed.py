@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,25 +12,16 @@ import fastgrad as fg
 from fastgrad.distributed import combine
 from fastgrad.errors import StatsError
 from tests.models import MODELS, batch_of, randomised
+from tests.processes import ROOT, command, launched
 
-ROOT = Path(__file__).parent.parent
-COMMAND = ["--standalone", "--nproc-per-node", "2", "-m", "tests.distributed_worker"]
+WORKER = "tests.distributed_worker"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """All scenarios, run once by two processes: starting them takes longer than any of them."""
     out = tmp_path_factory.mktemp("distributed") / "results.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *COMMAND, "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(out.read_text())
+    return launched(WORKER, out)
 
 
 def check(found, tolerance=1e-4):
@@ -226,5 +212,5 @@ def test_gather_without_processes_says_so():
 
 
 def test_the_page_shows_this_command():
-    shown = "torchrun " + " ".join(COMMAND)
+    shown = "torchrun " + " ".join(command(WORKER))
     assert shown in (ROOT / "docs" / "distributed.md").read_text()

@@ -407,3 +407,25 @@ def test_a_group_at_rate_zero_counts_a_zero_gradient_in_the_first_step():
     expected_counts, expected = train(early=False)
     assert counts == expected_counts == [3, 3, 3, 3]
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "made anew"])
+def test_updates_do_not_go_on_after_the_partial_model_is_gone(again):
+    """Whole weights live on: the old optimizer would train them beside the new one."""
+    model = randomised(MODELS["llama"])
+    partial = fg.make_partial(model, selection_of(model, "module"))
+    handle = fg.step_in_backward(fg.SparseAdamW(partial.parameters(), lr=1e-2))
+    partial.remove()
+    if again:
+        partial = fg.make_partial(model, selection_of(model, "module"))
+        optimizer = fg.SparseAdamW(partial.parameters(), lr=1e-2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(PartialError, match=r"removed or made anew.*Remedy: call remove"):
+        model(**batch_of()).loss.backward()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    handle.remove()
+    model.zero_grad()
+    model(**batch_of()).loss.backward()
+    if again:
+        optimizer.step()
+        assert not all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +14,9 @@ from fastgrad.errors import PartialError
 from fastgrad.sharded import write_rows_
 from fastgrad_kernels.layout import gather_blocks
 from tests.partial_worker import SCENARIOS, resumed_by_one, selection_of, sparse_adamw
+from tests.processes import ROOT, command, launched
 
-ROOT = Path(__file__).parent.parent
-COMMAND = ["--standalone", "--nproc-per-node", "2", "-m", "tests.partial_worker"]
+WORKER = "tests.partial_worker"
 FIRST = [
     "ddp_sparse_adamw",
     "ddp_no_sync",
@@ -30,6 +25,7 @@ FIRST = [
     "ddp_first_process_decides",
     "fsdp_tiles",
     "fsdp_masters",
+    "fsdp_conversion",
     "fsdp_delta",
     "fsdp_checkpoints",
     "nan_on_one_process",
@@ -40,18 +36,8 @@ OTHERS = [name for name in SCENARIOS if name not in FIRST]
 
 
 def run(names, folder):
-    out = folder / "results.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *COMMAND, *names,
-         "--out", str(out), "--folder", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {**json.loads(out.read_text()), "folder": folder}
+    found = launched(WORKER, folder / "results.json", *names, "--folder", folder, timeout=600)
+    return {**found, "folder": folder}
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +235,15 @@ def test_training_state_in_one_process_without_any_others(tmp_path):
         )
 
 
+def test_a_conversion_after_fully_shard(results):
+    found = results["fsdp_conversion"]
+    check(found, 1e-9)
+    assert found["frozen"]
+    assert found["all alike"]
+    assert "would be rounded to torch.float16" in found["refused"]
+    assert "Remedy" in found["refused"]
+
+
 def test_the_page_shows_this_command():
-    shown = "torchrun " + " ".join(COMMAND)
+    shown = "torchrun " + " ".join(command(WORKER))
     assert shown in (ROOT / "docs" / "distributed.md").read_text()

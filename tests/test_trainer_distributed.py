@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-ROOT = __file__.rsplit("/tests/", 1)[0]
+from tests.processes import launch
 
 
 def run(folder, processes):
     folder.mkdir()
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "tests.trainer_worker"]
-    done = subprocess.run(
-        [*command, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("tests.trainer_worker", folder, processes=processes)
     return [torch.load(folder / f"result-{rank}.pt") for rank in range(processes)]
 
 

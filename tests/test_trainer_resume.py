@@ -43,7 +43,8 @@ def same_runs(one, two):
     moments = [o.optimizer.optimizer.state_dict() for o in (run, again)]
     assert moments[0]["param_groups"] == moments[1]["param_groups"]
     assert moments[0]["state"].keys() == moments[1]["state"].keys()
-    for x, y in zip(*(m["state"].values() for m in moments), strict=True):
+    for number, x in moments[0]["state"].items():
+        y = moments[1]["state"][number]
         assert all(torch.equal(x[key], y[key]) for key in x.keys() | y.keys())
 
 

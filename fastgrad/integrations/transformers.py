@@ -20,6 +20,7 @@ except ImportError as error:
     raise MissingExtraError("transformers", "hf") from error
 
 from fastgrad.integrations.trainer_blueprint import BlueprintCallback, Measurement
+from fastgrad.integrations.trainer_in_backward import StepInBackwardCallback
 from fastgrad.integrations.trainer_optimizer import SparseAdamWFactory, sparse_adamw
 from fastgrad.integrations.trainer_reselection import ReselectionCallback
 from fastgrad.measuring import measure, untouched
@@ -29,6 +30,7 @@ __all__ = [
     "Measurement",
     "ReselectionCallback",
     "SparseAdamWFactory",
+    "StepInBackwardCallback",
     "measure",
     "sparse_adamw",
     "untouched",
