@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean, stdev
 from typing import Any
 
 from arms_setup import CONTROL, FULL, OURS, PEER
-from arms_verdict import LEVEL, Verdict, difference, memory_word
+from arms_verdict import LEVEL, Difference, Verdict, difference, memory_word
 from fastgrad.plots import BLACK, BLUE, VERMILION, ArmPoint, pareto_front
 from fastgrad.quickstart.report import MB, versions
 
@@ -115,6 +115,20 @@ def judge(
         )
         for row in rows if row.key != best.key
     ]  # fmt: skip
+
+
+def from_record(record: Mapping[str, Any]) -> tuple[list[Summary], list[Verdict]]:
+    """What results.json holds of all runs."""
+
+    def of(kind: type, entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {f.name: entry[f.name] for f in fields(kind)}
+
+    rows = [Summary(**of(Summary, r) | {"rates": tuple(r["rates"])}) for r in record["summary"]]
+    verdicts = [
+        Verdict(**of(Verdict, v) | {"found": Difference(**of(Difference, v["found"]))})
+        for v in record["verdicts"]
+    ]
+    return rows, verdicts
 
 
 # -- tables ------------------------------------------------------------------------------
@@ -233,6 +247,17 @@ def all_versions() -> dict[str, str]:
 # -- figure ------------------------------------------------------------------------------
 
 
+def figure_of(record: Mapping[str, Any]) -> Any:
+    """The figure of what results.json holds."""
+    seeds = len(record["seeds"])
+    return figure(
+        *from_record(record), record["loss_before"]["prose_test"],
+        f"Fine-tuning a Llama of {record['n_parameters'] / 1e6:.1f} million weights from Python "
+        f"source to prose: {record['fraction']:.0%} of the weights against the peers, {seeds} seed"
+        + ("s" if seeds > 1 else ""),
+    )  # fmt: skip
+
+
 def figure(
     rows: Sequence[Summary], verdicts: Sequence[Verdict], before: float, title: str
 ) -> Any:
@@ -272,13 +297,7 @@ def _loss_panel(ax: Any, rows: Sequence[Summary], before: float) -> None:
     ax.set_ylim(low - bars - 0.08 * room, high + bars + 0.12 * room)
     right = max(r.memory for r in rows) / MB
     ax.set_xlim(0, 1.25 * right)  # savings are read as lengths; room for the names
-    for row, y in zip(rows, label_heights(rows, 0.036 * (room + 2 * bars)), strict=True):
-        ax.annotate(
-            short(row.label), (row.memory / MB, row.loss), (row.memory / MB + 0.05 * right, y),
-            fontsize=8.5, va="center", color=COLOURS[row.role],
-            arrowprops={"arrowstyle": "-", "color": "#c4c4c4", "linewidth": 0.7, "shrinkA": 0,
-                        "shrinkB": 4, "relpos": (0, 0.5)},
-        )  # fmt: skip
+    _name_points(ax, rows, right, 0.036 * (room + 2 * bars))
     deviation = "" if rows[0].loss_sd is None else "; bars: standard deviation over seeds"
     ax.set(
         xlabel="gradients + optimizer state + trained copies (MB)",
@@ -293,26 +312,70 @@ def short(label: str) -> str:
     return label.removeprefix("SparseAdamW, ")
 
 
-def label_heights(rows: Sequence[Summary], gap: float) -> list[float]:
-    """Heights of the rows' labels: near their points, and ``gap`` apart where they share columns.
+def _name_points(ax: Any, rows: Sequence[Summary], right: float, gap: float) -> None:
+    """Every point's name beside it, on white, so that lines behind do not run through it."""
+    from matplotlib.patheffects import withStroke
 
-    Neighbours push each other apart, half the way each, until none is too close.
+    points = [(r.memory / MB, r.loss, r.loss_sd or 0.0) for r in rows]
+    # A letter of this size takes about this much of the axis of 1.25 * right.
+    widths = [0.0145 * 1.25 * right * len(short(r.label)) for r in rows]
+    for row, (x, y) in zip(rows, label_places(points, widths, 0.05 * right, gap), strict=True):
+        ax.annotate(
+            short(row.label), (row.memory / MB, row.loss), (x, y),
+            fontsize=8.5, va="center", color=COLOURS[row.role], zorder=4,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "linewidth": 0.7, "shrinkA": 0,
+                        "shrinkB": 4, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def label_places(
+    points: Sequence[tuple[float, float, float]],
+    widths: Sequence[float],
+    shift: float,
+    gap: float,
+) -> list[tuple[float, float]]:
+    """Left ends and heights of the points' labels, beside the points and clear of each other, of
+    all points and of their error bars.
+
+    Each label takes the nearest free place: to the right of its point, or further up or down, or
+    further right. The points that are most alone come last, since they have the choice.
+
+    Args:
+        points: ``(x, y, half the length of the error bar)``.
+        widths: of the labels, in units of x.
+        shift: from a point to its label.
+        gap: height of a label.
     """
-    width = 0.24 * max(r.memory for r in rows)  # of a label
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].loss, i))
-    heights = [r.loss for r in rows]
-    for _ in range(500):
-        moved = False
-        for place, i in enumerate(order):
-            for j in order[place + 1 :]:
-                lack = gap - (heights[j] - heights[i])
-                if lack > 1e-3 * gap and abs(rows[i].memory - rows[j].memory) < width:
-                    heights[i] -= lack / 2
-                    heights[j] += lack / 2
-                    moved = True
-        if not moved:
-            break
-    return heights
+    taken: list[tuple[float, float, float, float]] = [  # x from, x to, y from, y to
+        (x - 0.25 * shift, x + 0.25 * shift, y - max(bar, gap / 2), y + max(bar, gap / 2))
+        for x, y, bar in points
+    ]
+    crowd = [
+        sum(abs(x - u) < widths[i] and abs(y - v) < 4 * gap for u, v, _ in points)
+        for i, (x, y, _) in enumerate(points)
+    ]
+    found: dict[int, tuple[float, float]] = {}
+    for i in sorted(range(len(points)), key=lambda i: (-crowd[i], -points[i][1], i)):
+        x, y, _ = points[i]
+        tries = [
+            (abs(up) + 2 * right, x + (1 + right) * shift, y + up * gap / 2)
+            for up in range(-24, 25) for right in range(5)
+        ]  # fmt: skip
+        for _, left, middle in sorted(tries):
+            box = (left, left + widths[i], middle - gap / 2, middle + gap / 2)
+            if not any(_overlap(box, other) for other in taken):
+                break
+        else:  # so crowded that nothing is free: beside the point, whatever is there
+            left, middle = x + shift, y
+            box = (left, left + widths[i], middle - gap / 2, middle + gap / 2)
+        taken.append(box)
+        found[i] = (left, middle)
+    return [found[i] for i in range(len(points))]
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
 def _difference_panel(ax: Any, verdicts: Sequence[Verdict], best: str) -> None:

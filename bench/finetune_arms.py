@@ -272,17 +272,17 @@ def compare(
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "results.json", json.dumps(finite_or_none(record), indent=1) + "\n")
     write_text(output / "results.md", report.markdown(record, rows, verdicts, "finetune_arms.png"))
-    drawn = report.figure(
-        rows, verdicts, comparison.before["prose_test"],
-        f"Fine-tuning a Llama of {comparison.total / 1e6:.1f} million weights from Python source "
-        f"to prose: {FRACTION:.0%} of the weights against the peers, {len(seeds)} seed"
-        + ("s" if len(seeds) > 1 else ""),
-    )  # fmt: skip
-    with atomic_path(output / "finetune_arms.png") as temporary:
-        drawn.savefig(temporary, dpi=120, format="png")
+    redraw(output)
     show(console, record, rows, verdicts)
     console.print(f"\n  results.md, results.json and finetune_arms.png are in {output}/")
     return 1 if failed else 0
+
+
+def redraw(output: Path) -> None:
+    """The figure, from results.json alone."""
+    drawn = report.figure_of(json.loads((output / "results.json").read_text("utf-8")))
+    with atomic_path(output / "finetune_arms.png") as temporary:
+        drawn.savefig(temporary, dpi=120, format="png", metadata={"Software": None})
 
 
 def main() -> int:
@@ -298,12 +298,16 @@ def main() -> int:
                         "(default: finetune-arms-out/full or finetune-arms-out/fast)")  # fmt: skip
     parser.add_argument("--output", type=Path, help="folder for table, figure and numbers "
                         "(default: bench/results/finetune_arms; with --fast, --work)")  # fmt: skip
+    parser.add_argument("--redraw", action="store_true", help="only make the figure anew")
     args = parser.parse_args()
     seeds = args.seeds if args.seeds is not None else (2 if args.fast else 3)
     if seeds < 1:
         parser.error("--seeds must be at least 1")
     work = args.work or Path("finetune-arms-out") / ("fast" if args.fast else "full")
     output = args.output or (work if args.fast else HERE / "results" / "finetune_arms")
+    if args.redraw:
+        redraw(output)
+        return 0
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     try:
         return compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,7 +34,7 @@ from fastgrad.quickstart import worker
 from fastgrad.quickstart.measure import tensor_bytes
 from fastgrad.quickstart.pretrain import batches, new_model
 from fastgrad.quickstart.settings import Spec
-from finetune_arms import Comparison
+from finetune_arms import Comparison, redraw
 
 BENCH = Path(__file__).parent.parent / "bench"
 TINY = replace(
@@ -439,14 +440,31 @@ def test_table_and_figure_show_every_arm(found, tmp_path):
     assert len(right.get_yticks()) == len(verdicts)
 
 
-def test_labels_of_arms_with_like_memory_keep_their_distance(found):
-    rows = [replace(found[0][0], key=str(i), loss=3 + 0.001 * i) for i in range(8)]
-    heights = report.label_heights(rows, 0.05)
-    assert heights == sorted(heights)
-    assert np.diff(heights).min() > 0.0499
-    assert np.mean(heights) == pytest.approx(np.mean([r.loss for r in rows]))
-    apart = [replace(r, state_bytes=r.state_bytes * 4**i) for i, r in enumerate(rows)]
-    assert report.label_heights(apart[-2:], 0.05) == [r.loss for r in apart[-2:]]
+def test_labels_keep_clear_of_each_other_of_points_and_of_error_bars():
+    rng = np.random.default_rng(0)
+    points = [(6 + float(rng.random()), 4.7 + 0.005 * i, 0.01) for i in range(9)]
+    points += [(15.0, 4.71, 0.02), (30.0, 4.6, 0.0)]
+    widths = [3.0 + 6.0 * float(rng.random()) for _ in points]
+    places = report.label_places(points, widths, 1.5, 0.01)
+    boxes = [(x, x + w, y - 0.005, y + 0.005) for (x, y), w in zip(places, widths, strict=True)]
+    bars = [(x, x, y - bar, y + bar) for x, y, bar in points]
+    for i, box in enumerate(boxes):
+        assert not any(report._overlap(box, other) for other in boxes[i + 1 :] + bars)
+    assert places[-1] == (31.5, 4.6)  # alone: right beside its point
+
+
+def test_the_figure_is_made_anew_from_the_results_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = BENCH / "results" / "finetune_arms"
+    shutil.copyfile(folder / "results.json", tmp_path / "results.json")
+    redraw(tmp_path)
+    assert (tmp_path / "finetune_arms.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((folder / "results.json").read_text())
+    rows, verdicts = report.from_record(record)
+    assert [(r.key, r.loss, r.memory) for r in rows] == [
+        (r["key"], r["loss"], r["memory"]) for r in record["summary"]
+    ]
+    assert [v.found.word for v in verdicts] == [v["word"] for v in record["verdicts"]]
 
 
 # -- going on after an interruption ------------------------------------------------------
