@@ -329,7 +329,9 @@ def _whole(value: Any) -> int | None:
 
 def _checkpoint(m: Measurement) -> dict[str, Any]:
     return {
-        "label": m.label, "step": m.step, "tokens_seen": m.tokens_seen, "grad_norm": m.grad_norm
+        "label": m.label, "step": m.step, "tokens_seen": m.tokens_seen, "grad_norm": m.grad_norm,
+        "fraction": None if math.isnan(m.fraction) else m.fraction, "loss": m.loss,
+        "n_batches": m.n_batches, "n_examples": m.n_examples, "weights_hash": m.weights_hash,
     }  # fmt: skip
 
 

@@ -563,6 +563,7 @@ class Probe:
             "weights_hash": self._hash,
             "model_class": model_class(self.model),
             "name_or_path": str(getattr(config, "_name_or_path", "") or ""),
+            "model_revision": str(getattr(config, "_commit_hash", "") or ""),
             "attention": str(getattr(config, "_attn_implementation", "") or ""),
             "dtypes": dtypes,
             "loss_reduction": self.loss_reduction,
