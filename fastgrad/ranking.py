@@ -86,7 +86,11 @@ def rank_scores(
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(energy > 0, np.sqrt(energy / weight_sq), 0.0)
     if ranking == "relative":
-        raise SelectionError("relative ranking needs the norms of the weights. Remedy: pass model=")
+        raise SelectionError(
+            "ranking 'relative' below whole parameters divides by norms of the weights' blocks, "
+            "which neither statistics nor a blueprint hold. Remedy: pass the model with weights "
+            "(model=..., on the command line --model), or blocks='module', or ranking 'rms'"
+        )
     raise SelectionError(f"{ranking!r} is not a gradient norm; use norm, rms or relative")
 
 

@@ -54,7 +54,7 @@ def counted(model, selection):
 @pytest.mark.parametrize(
     "architecture",
     [
-        name if name in ("llama", "gpt2", "bert") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("llama", "gpt2") else pytest.param(name, marks=pytest.mark.slow)
         for name in [*MODELS, "eager"]
     ],
 )
@@ -77,7 +77,8 @@ def test_the_plan_is_what_pytorch_counts(architecture):
     assert len(planner._measured) == 0  # all of it followed from a few runs
 
 
-@pytest.mark.parametrize("spec", ["5x5", "24x20", "40x*"])
+@pytest.mark.parametrize("spec", ["5x5", *(pytest.param(s, marks=pytest.mark.slow)
+                                          for s in ("24x20", "40x*"))])  # fmt: skip
 def test_blocks_at_the_edge_and_small_ones(spec):
     names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"]
     selection = selection_of(randomised(llama), spec, share=0.4, names=names)
@@ -102,7 +103,12 @@ def test_a_plan_needs_no_data_and_leaves_the_model_alone():
 
 @pytest.mark.parametrize(
     ("implementation", "spec"),
-    [("eager", "expert"), ("eager", "16x16"), ("grouped_mm", "expert"), ("grouped_mm", "16x16")],
+    [
+        ("grouped_mm", "expert"),
+        ("eager", "16x16"),
+        pytest.param("eager", "expert", marks=pytest.mark.slow),
+        pytest.param("grouped_mm", "16x16", marks=pytest.mark.slow),
+    ],
 )
 def test_experts_that_are_chosen_evenly(implementation, spec):
     make = lambda: mixtral(  # noqa: E731

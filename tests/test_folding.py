@@ -119,7 +119,7 @@ def same_memory(make, dtype, master, seed, specs=("module", "row", "8x8")):
 
 @pytest.mark.parametrize(
     ("make", "master", "spec"),
-    [(llama, FP32, "module"), (gpt2, None, "row")],
+    [(llama, FP32, "module"), pytest.param(gpt2, None, "row", marks=pytest.mark.slow)],
 )
 def test_memory_is_that_of_the_whole_model(make, master, spec):
     same_memory(make, BF16 if master else FP32, master, 0, [spec])
@@ -133,7 +133,9 @@ def test_memory_is_that_of_the_whole_model_everywhere(make, dtype, master):
         same_memory(make, dtype, master, seed)
 
 
-@pytest.mark.parametrize("optimizer", ["torch-adamw", "sgd-momentum"])
+@pytest.mark.parametrize(
+    "optimizer", ["torch-adamw", pytest.param("sgd-momentum", marks=pytest.mark.slow)]
+)
 def test_other_optimizers(optimizer):
     model = on_meta(bert, FP32)
     quick = MemoryPlanner(model, batch_shape=(1, 2), optimizer=optimizer)
