@@ -63,7 +63,7 @@ def example_scores(
         known_scale = not np.isnan(stats.mean_factor).any() and not stats.meta.get("mixes_examples")
         scale = "example_mean" if known_scale else "contribution"
     influence = stats.influence(scale)
-    rows: npt.NDArray[np.bool_] = ~np.isnan(influence).any(axis=1)
+    rows = np.asarray(~np.isnan(influence).any(1))
     for pattern in include or ():
         if not any(fnmatch.fnmatchcase(name, pattern) for name in stats.names):
             raise StatsError(f"include: the pattern {pattern!r} matches no parameter; names look "
@@ -156,8 +156,8 @@ def diverse_top(
     for start in range(0, s.size, STRETCH):
         block = order[start : start + STRETCH]
         rows = unit[block]
-        near: npt.NDArray[np.bool_] = (rows @ taken[: len(chosen)].T >= limit).any(axis=1)
-        among: npt.NDArray[np.bool_] = rows @ rows.T >= limit  # within the stretch, in order
+        near = np.asarray((rows @ taken[: len(chosen)].T >= limit).any(1))
+        among = rows @ rows.T >= limit  # within the stretch, in order
         fresh: list[int] = []
         for i, position in enumerate(block.tolist()):
             if len(chosen) == count:
