@@ -88,8 +88,8 @@ def rank_scores(
     if ranking == "relative":
         raise SelectionError(
             "ranking 'relative' below whole parameters divides by norms of the weights' blocks, "
-            "which neither statistics nor a blueprint hold. Remedy: pass the model with weights "
-            "(model=..., on the command line --model), or blocks='module', or ranking 'rms'"
+            "which neither statistics nor a blueprint hold. Remedy: pass model=... with its "
+            "weights (--model on the command line), or blocks='module', or ranking 'rms'"
         )
     raise SelectionError(f"{ranking!r} is not a gradient norm; use norm, rms or relative")
 
