@@ -28,6 +28,7 @@ from fastgrad.plots_base import (
     SKY,
     VERMILION,
     YELLOW,
+    far_below,
     matplotlib_module,
     new_figure,
     open_axes,
@@ -174,8 +175,7 @@ def heat_map(
     if np.isnan(table).all():
         raise FastgradError("no value is positive: there is nothing to draw")
     colours = colormaps["cividis"].with_extremes(bad=_ABSENT)
-    # Far outliers (dead parameters) would wash out the rest.
-    low = max(float(np.nanmin(table)), float(np.nanmedian(table)) / 1e4)
+    low = far_below(table[np.isfinite(table)])
     high = float(np.nanmax(table))
     norm = LogNorm(low, high if high > low else low * 1.01)
     mesh = ax.pcolormesh(
@@ -197,8 +197,12 @@ def heat_map(
             ax.plot(column + 0.5, row + 0.5, "o", markersize=2 + 4 * math.sqrt(share),
                     color="white" if light else "black")  # fmt: skip
     title = "Influence by module and layer"
-    ax.set(xlabel="layer", title=title + (" (dot: selected)" if marked else ""))
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02)
+    named = {cells[name] for name in names}
+    blank = any(not np.isfinite(table[cell]) for cell in named)
+    ax.set(xlabel="layer" + (" (grey: no gradient, or no such parameter)" if blank else ""),
+           title=title + (" (dot: selected)" if marked else ""))  # fmt: skip
+    below = "min" if float(np.nanmin(table)) < low else "neither"
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, extend=below)
     bar.set_label(label)
     bar.outline.set_visible(False)
 

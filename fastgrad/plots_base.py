@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fastgrad.errors import FastgradError, MissingExtraError
 from fastgrad.files import atomic_path
 
@@ -17,6 +20,9 @@ GREY = "#767676"
 #: In this order series differ most, in lightness too; markers differ with them.
 COLOURS = (BLACK, BLUE, SKY, ORANGE, VERMILION, GREEN, PURPLE, YELLOW)
 MARKERS = ("*", "o", "s", "v", "D", "P", "X", "^")
+
+#: So many times smaller than the median is far below.
+FAR = 1e3
 
 _KINDS = (".png", ".svg")
 
@@ -52,6 +58,12 @@ def open_axes(*axes: Any) -> None:
     """Take away the lines above and to the right, which say nothing."""
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
+
+
+def far_below(values: npt.NDArray[np.float64]) -> float:
+    """Where a logarithmic axis of these positive values ends: below it lie outliers (gradients at
+    rounding level), which would take most of the axis from the others."""
+    return float(values[values >= np.median(values) / FAR].min())
 
 
 def percent(axis: Any) -> None:
@@ -99,4 +111,4 @@ def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int = 150) ->
     return written
 
 
-__all__ = ["new_figure", "open_axes", "percent", "save_figure"]
+__all__ = ["far_below", "new_figure", "open_axes", "percent", "save_figure"]

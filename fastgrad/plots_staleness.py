@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgrad.errors import FastgradError
-from fastgrad.plots_base import BLUE, GREY, ORANGE, SKY, VERMILION, matplotlib_module
+from fastgrad.plots_base import (
+    BLUE,
+    GREY,
+    ORANGE,
+    SKY,
+    VERMILION,
+    far_below,
+    matplotlib_module,
+)
 from fastgrad.staleness import (
     JACCARD_TOLERANCE,
     SPEARMAN_TOLERANCE,
@@ -36,9 +44,10 @@ def staleness_plot(
 
     Submodules on one line parallel to the diagonal have the same ranks: the distance between the
     two is only the scale of the loss. Which ones are in the top 20 % of both, or of one alone, is
-    what a selection depends on. Parameters that are dead in both are left out. The verdict is the
-    title; each statistic stands beside its bar (the same statistic between halves of a sample,
-    less the tolerance).
+    what a selection depends on. Parameters that are dead in both are left out; those that are
+    alive but far below the others are counted, outside the axes. The verdict is the title; each
+    statistic stands beside its bar (the same statistic between halves of a sample, less the
+    tolerance).
 
     Args:
         ax: matplotlib axes.
@@ -59,8 +68,10 @@ def staleness_plot(
     top_x, top_y = (np.isin(np.arange(x.size), np.argsort(-v, kind="stable")[:size])
                     for v in (x, y))  # fmt: skip
     shift = float(np.median(np.log(y / x)))
-    ends = np.array([min(x.min(), y.min() * math.exp(-shift)) / 1.6,
-                     max(x.max(), y.max() * math.exp(-shift)) * 1.6])  # fmt: skip
+    moved = y * math.exp(-shift)
+    low = min(far_below(x), far_below(moved))
+    outside = (x < low) | (moved < low)
+    ends = np.array([low / 1.6, max(x.max(), moved.max()) * 1.6])
     ax.plot(ends, ends * math.exp(shift), color=GREY, linestyle=":", linewidth=1.2, zorder=1,
             label="the same ranks")  # fmt: skip
     groups = (
@@ -70,12 +81,15 @@ def staleness_plot(
     )  # fmt: skip
     for inside, colour, marker, label in groups:
         if inside.any():
+            text = "others" if label == "neither" else f"top {TOP:.0%} of {label}"
+            text += f": {int(inside.sum())}"
+            if gone := int((inside & outside).sum()):
+                text += f", {gone} far below"
             ax.plot(x[inside], y[inside], marker, color=colour, markeredgecolor="white",
-                    markeredgewidth=0.6, markersize=7, zorder=3,
-                    label=f"top {TOP:.0%} of {label}: {int(inside.sum())}"
-                    if label != "neither" else f"others: {int(inside.sum())}")  # fmt: skip
+                    markeredgewidth=0.6, markersize=7, zorder=3, label=text)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel=f"gradient rms, {name}",
-           ylabel=f"gradient rms, {local_name}", title=f"Staleness: {result.verdict}")  # fmt: skip
+           ylabel=f"gradient rms, {local_name}",
+           title=f"{name} for {local_name}: {result.verdict}")  # fmt: skip
     ax.set_xlim(*ends)
     ax.set_ylim(*(ends * math.exp(shift)))
     ax.set_aspect("equal")
@@ -98,8 +112,10 @@ def statistics_text(result: Staleness) -> str:
         bar = min((getattr(h, key) for h in halves), default=None)
         own = "   -" if value is None else f"{value:.2f}"
         allowed = "   -" if bar is None else f"{bar - tolerance:.2f}"
-        low = value is not None and bar is not None and value < bar - tolerance
-        rows.append(f"{label:<16} {own} {'< ' if low else '>='} {allowed}")
+        sign = "- "
+        if value is not None and bar is not None:
+            sign = "< " if value < bar - tolerance else ">="
+        rows.append(f"{label:<16} {own} {sign} {allowed}")
     return "\n".join([f"{'':<16} agrees  bar", *rows])
 
 

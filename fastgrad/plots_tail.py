@@ -10,10 +10,18 @@ import numpy.typing as npt
 
 from fastgrad.errors import FastgradError
 from fastgrad.heavytail import DEAD_RELATIVE, TailFit
-from fastgrad.plots_base import BLUE, GREY, ORANGE, matplotlib_module
+from fastgrad.plots_base import BLUE, GREY, ORANGE, far_below, matplotlib_module
 
 if TYPE_CHECKING:
     from fastgrad.blueprint_schema import Tail
+
+
+_TITLES = {
+    "supported": "a power law is supported",
+    "indistinguishable": "a power law, or something else",
+    "rejected": "no power law",
+    "too_few": "too few for a power law",
+}
 
 
 def rank_size_plot(
@@ -28,7 +36,8 @@ def rank_size_plot(
 
     On these axes a power law is a straight line of slope minus the rank exponent. The line is that
     of maximum likelihood, ``x = xmin (r / n_tail)^-a``, drawn where it was fitted; it is dashed
-    unless the verdict is ``supported``. Dead values are left out, and counted.
+    unless the verdict is ``supported``. Dead values are left out, and counted; so are those that
+    are alive but far below the others, which would take the axis for themselves.
 
     Args:
         ax: matplotlib axes.
@@ -54,18 +63,21 @@ def rank_size_plot(
     known = math.isfinite(exponent) and math.isfinite(xmin) and tail > 0
     inside = rank <= tail if known else np.ones(live.size, dtype=bool)
     dead = x.size - live.size
-    label = f"{live.size} {unit}" + (f", {dead} dead left out" if dead else "")
+    low = far_below(live)
+    below = int((live < low).sum())
+    label = f"{live.size} {unit}" + (f", {below} far below" if below else "")
+    label += f", {dead} dead left out" if dead else ""
     ax.plot(rank[inside], live[inside], "o", color=BLUE, markersize=5, label=label, zorder=3)
     ax.plot(rank[~inside], live[~inside], "o", color=BLUE, markersize=5, markerfacecolor="white",
             zorder=3)  # fmt: skip
     if known:
         _draw_fit(ax, fit, exponent, xmin, float(live[0]))
     p = _number(fit.gof_p)
-    title = f"Rank-size: power law {fit.verdict.replace('_', ' ')}"
+    title = f"Rank-size: {_TITLES[fit.verdict]}"
     if math.isfinite(p):
-        title += f" (goodness of fit p = {p:.2g})"
+        title += f" (fit p = {p:.2g})"
     ax.set(xscale="log", yscale="log", xlabel=f"rank among {unit}", ylabel=what, title=title)
-    ax.set_ylim(float(live[-1]) / 1.6, float(live[0]) * 1.6)
+    ax.set_ylim(low / 1.6, float(live[0]) * 1.6)
     ax.set_xlim(0.85, live.size * 1.18)
     _plain_ranks(ax, live.size)
     ax.grid(color="#eeeeee", zorder=0)

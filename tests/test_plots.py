@@ -11,7 +11,7 @@ import pytest
 
 from fastgrad import plots
 from fastgrad.errors import FastgradError
-from fastgrad.heavytail import fit_gamma, lorenz
+from fastgrad.heavytail import fit_gamma, fit_tail, lorenz
 from fastgrad.plots import ArmPoint
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -138,6 +138,195 @@ def test_summary_figure_is_written_without_a_display_and_texts_do_not_overlap(tm
             boxes.sort(key=lambda b: (b.x0, b.y0))
             for a, b in itertools.pairwise(boxes):
                 assert not a.overlaps(b)
+
+# -- rank-size ---------------------------------------------------------------------------
+
+
+def pareto(n=60, a=1.5, seed=0):
+    return np.random.default_rng(seed).pareto(1 / a, n) + 1
+
+
+def test_rank_size_plot_shows_points_fit_xmin_and_verdict(ax):
+    values = np.append(pareto(), [0.0, 1e-12])
+    fit = fit_tail(values, n_bootstrap=30)
+    plots.rank_size_plot(ax, values, fit)
+    texts = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert any("60 submodules, 2 dead left out" in t for t in texts)
+    assert any(f"{fit.rank_exponent:.2f} [{fit.rank_interval[0]:.2f}" in t for t in texts)
+    assert any(f"xmin = {fit.xmin:.3g}, {fit.n_tail} of 60" in t for t in texts)
+    line = next(li for li in ax.lines if "tail fit" in str(li.get_label()))
+    x, y = np.array(line.get_xdata()), np.array(line.get_ydata())
+    slope = np.polyfit(np.log(x), np.log(y), 1)[0]
+    assert slope == pytest.approx(-fit.rank_exponent)
+    assert y[-1] == pytest.approx(fit.xmin)
+    assert x[-1] == fit.n_tail
+    drawn = np.concatenate([li.get_ydata() for li in ax.lines if li.get_marker() == "o"])
+    np.testing.assert_allclose(np.sort(drawn), np.sort(values[:60]))
+
+
+def test_rank_size_plot_takes_what_a_blueprint_holds_and_says_each_verdict(ax):
+    from fastgrad.blueprint_schema import Tail
+
+    fit = fit_tail(pareto(), n_bootstrap=30)
+    titles = {"supported": "is supported", "too_few": "too few", "rejected": "no power law",
+              "indistinguishable": "something else"}  # fmt: skip
+    for verdict, words in titles.items():
+        ax.clear()
+        plots.rank_size_plot(ax, pareto(), Tail(**fit.to_dict() | {
+            "verdict": verdict, "rank_interval": [None, None],
+        }))  # fmt: skip
+        assert words in ax.get_title()
+        line = next(li for li in ax.lines if "tail fit" in str(li.get_label()))
+        assert (line.get_linestyle() == "-") == (verdict == "supported")
+
+
+def test_rank_size_plot_without_a_fit_draws_the_points_alone(ax):
+    values = [3.0, 2.0, 1.0]
+    fit = fit_tail(values, n_bootstrap=10)
+    assert fit.verdict == "too_few"
+    plots.rank_size_plot(ax, values, fit)
+    assert len(ax.lines) == 2
+    with pytest.raises(FastgradError, match="3 live values, but 2"):
+        plots.rank_size_plot(ax, values[:2], fit)
+    with pytest.raises(FastgradError, match="nothing to draw"):
+        plots.rank_size_plot(ax, [0.0], fit)
+
+
+def test_what_lies_far_below_is_counted_and_does_not_take_the_axis(ax):
+    values = np.append(pareto(), [1e-5] * 3)
+    plots.rank_size_plot(ax, values, fit_tail(values, n_bootstrap=10))
+    assert "3 far below" in ax.get_legend().get_texts()[0].get_text()
+    assert ax.get_ylim()[0] > 0.1
+
+
+# -- staleness, blueprints, domains ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Two samples of one model and the blueprint of each; the second has another scale."""
+    import torch
+
+    import fastgrad as fg
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(8)))
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with fg.Probe(model) as probe:
+            for _ in range(6):
+                (3 ** (2 * seed) * model(torch.randn(4, 6)).square().mean()).backward()
+        found.append(probe.stats())
+    return [
+        (stats, fg.Blueprint.from_stats(stats, model, [tag], n_bootstrap=5))
+        for stats, tag in zip(found, ("a", "b"), strict=True)
+    ]
+
+
+def test_staleness_plot_shows_every_submodule_once_and_the_bars_beside_the_statistics(ax, samples):
+    (_, released), (local, _) = samples
+    result = released.staleness(local)
+    plots.staleness_plot(ax, released, local, name="here", local_name="there")
+    points = np.concatenate([
+        np.column_stack([li.get_xdata(), li.get_ydata()]) for li in ax.lines[1:]
+    ])  # fmt: skip
+    rms = {n: v[0] for n, v in released.scores("rms", "module").items()}
+    own = dict(zip(local.names, local.grad_norm / np.sqrt(local.numel), strict=True))
+    expected = [(rms[n], own[n]) for n in rms if n not in released.dead]
+    np.testing.assert_allclose(sorted(map(tuple, points)), sorted(expected))
+    assert result.verdict in ax.get_title()
+    (table,) = [t.get_text() for t in ax.texts]
+    assert f"{result.spearman:.2f}" in table
+    bar = min(result.local.spearman, result.released.spearman) - 0.1
+    assert f"{bar:.2f}" in table
+    both = sum(int(t.get_text().rpartition(": ")[2]) for t in ax.get_legend().get_texts()[1:])
+    assert both == len(expected)
+
+
+def test_a_statistic_below_its_bar_is_seen_as_such():
+    from fastgrad.plots_staleness import statistics_text
+    from fastgrad.staleness import SplitHalf, Staleness
+
+    half = SplitHalf("batches", 8, 20, 0.9, 0.8, 0.7)
+    result = Staleness("drifted", "", 0.7, 0.65, None, half, None, 20, True)
+    lines = statistics_text(result).splitlines()
+    assert lines[1].split() == ["Spearman", "0.70", "<", "0.80"]
+    assert lines[2].split() == ["weighted", "tau", "0.65", ">=", "0.60"]
+    assert lines[3].split()[-3:] == ["-", "-", "0.50"]
+
+
+def test_figure_of_a_blueprint_and_of_its_domains(samples, tmp_path):
+    from fastgrad.plots_blueprint import blueprint_figure, domains_figure
+
+    (_, a), (_, b) = samples
+    figure = blueprint_figure(a)
+    assert len(figure.get_axes()) == 4  # with the colour bar
+    with pytest.raises(FastgradError, match="one domain"):
+        domains_figure(a)
+    figure = domains_figure(a.with_domain(b))
+    curves, shares, matrix, _ = figure.get_axes()
+    assert [t.get_text()[:2] for t in curves.get_legend().get_texts()[1:]] == ["a:", "b:"]
+    assert [t.get_text() for t in shares.get_legend().get_texts()] == ["a", "b"]
+    cells = [float(t.get_text()) for t in matrix.texts]
+    assert cells[0] == pytest.approx(a.split_half.spearman, abs=0.006)
+    assert cells[1] == cells[2]
+
+
+def test_texts_of_the_figures_do_not_overlap_and_are_not_clipped(samples):
+    from fastgrad.plots_blueprint import blueprint_figure, domains_figure
+
+    (stats, a), (_, b) = samples
+    stale = plots.new_figure(6.3, 6.3)
+    plots.staleness_plot(stale.subplots(), b, stats)
+    for figure in (blueprint_figure(a), domains_figure(a.with_domain(b)), stale):
+        figure.draw_without_rendering()
+        renderer = figure.canvas.get_renderer()
+        for ax in figure.get_axes():
+            for axis in (ax.xaxis, ax.yaxis):
+                boxes = [t.get_window_extent(renderer) for t in axis.get_ticklabels()
+                         if t.get_text()]  # fmt: skip
+                inside = [x for x in boxes if ax.bbox.expanded(1.5, 1.05).overlaps(x)]
+                inside.sort(key=lambda x: (x.x0, x.y0))
+                assert not any(p.overlaps(q) for p, q in itertools.pairwise(inside))
+            title = ax.title.get_window_extent(renderer)
+            assert title.x0 >= 0
+            assert title.x1 <= figure.bbox.x1
+
+
+# -- files -------------------------------------------------------------------------------
+
+
+def test_a_figure_is_saved_as_png_and_svg_that_do_not_change(tmp_path):
+    def made():
+        figure = plots.new_figure(4, 3)
+        curve, fit = curve_and_fit()
+        plots.lorenz_plot(figure.subplots(), curve, fit)
+        return figure
+
+    for name in ("one.png", "two.svg", "three", "v1.2"):
+        written = plots.save_figure(made(), tmp_path / name)
+        stem = name.removesuffix(".png").removesuffix(".svg")
+        assert [p.name for p in written] == [f"{stem}.png", f"{stem}.svg"]
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        contents = [p.read_bytes() for p in tmp_path.glob(f"*.{kind}")]
+        assert len(contents) == 4
+        assert len(set(contents)) == 1
+        assert contents[0].startswith(start)
+    assert b"<dc:date>" not in (tmp_path / "one.svg").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 8  # nothing temporary is left
+    with pytest.raises(FastgradError, match="PNG and SVG"):
+        plots.save_figure(made(), tmp_path / "figure.pdf")
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_old_file(tmp_path):
+    figure = plots.new_figure(4, 3)
+    figure.text(0.5, 0.5, "$\\broken{$")
+    (tmp_path / "figure.png").write_bytes(b"old")
+    with pytest.raises(ValueError, match="broken"):
+        plots.save_figure(figure, tmp_path / "figure")
+    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+    assert (tmp_path / "figure.png").read_bytes() == b"old"
 
 
 def test_without_matplotlib_the_error_names_the_extra():
