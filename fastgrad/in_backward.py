@@ -200,8 +200,8 @@ class InBackward:
         if p.__dict__.get(HELD) is not self._held[id(p)]:
             raise PartialError(
                 f"{self._name(p)} was trained by a partial model that was removed or made anew, "
-                "and the updates in the backward pass that were set up before would go on beside the "
-                "new ones. Remedy: call remove() on what step_in_backward returned, then "
+                "and the updates in the backward pass that were set up before would go on beside "
+                "the new ones. Remedy: call remove() on what step_in_backward returned, then "
                 "step_in_backward(the new optimizer)"
             )
         if id(p) in self.updated:

@@ -218,7 +218,13 @@ class PartialModule(nn.Module):
     _fastgrad_packed: dict[str, PackedBlocks]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for blocks in self._fastgrad_packed.values():
+        for attribute, blocks in self._fastgrad_packed.items():
+            if attribute not in self._parameters:
+                raise PartialError(
+                    f"{blocks.name} was taken out of its module after make_partial "
+                    "(parametrized or deleted): gradients of its blocks would be lost. Remedy: do "
+                    "so before make_partial, or call remove() on the Partial first"
+                )
             blocks.sync_if_stale()
             if torch.is_grad_enabled():
                 blocks.check_trained()

@@ -105,7 +105,7 @@ class Partial:
         count, such as those through ``.data``.
         """
         self._check_held()
-        self._check_ties()
+        self._check_model()
         self._sync()
 
     def _sync(self) -> None:
@@ -327,9 +327,20 @@ class Partial:
             if (why := p.__dict__[HELD].lost(p)) is not None:
                 raise PartialError(f"{name} {why}")
 
-    def _check_ties(self) -> None:
-        """Raises PartialError if a module reads packed weights and does not know it."""
-        owners = owners_of(self.model)
+    def _check_model(self) -> None:
+        """Raises PartialError if a trained weight is no longer in the model, or a module reads
+        packed weights and does not know it."""
+        if self._is_suspended or next(sharded_modules(self.model), None) is not None:
+            return
+        own, owners = model_parameters(self.model), owners_of(self.model)
+        fulls = {blocks.name: blocks.full for blocks in self.packed}
+        for name, p in self._trained.items():
+            if own.get(name) is not fulls.get(name, p):
+                raise PartialError(
+                    f"{name} is trained, and the model has another weight of that name or none: "
+                    "its module was replaced after make_partial. Remedy: replace modules before "
+                    "make_partial, or call remove() on the Partial and make the model partial anew"
+                )
         for blocks in self.packed:
             for module, attribute in owners.get(id(blocks.full), ()):
                 if attribute not in module.__dict__.get("_fastgrad_packed", {}):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fastgrad as fg
 from fastgrad.errors import PartialError
@@ -243,3 +245,33 @@ def test_another_tie_is_refused(tmp_path):
     partial.model.late = late
     with pytest.raises(PartialError, match=r"was tied to another Linear.*Remedy"):
         partial.save(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("specs", [["row"], ["module"]])
+def test_a_module_that_was_replaced_is_named(tmp_path, specs):
+    partial, _ = begin(specs)
+    layer = partial.model.model.layers[0]
+    layer.mlp.up_proj = nn.Linear(*reversed(layer.mlp.up_proj.weight.shape), bias=False)
+    for attempt in (
+        partial.sync,
+        lambda: partial.save(tmp_path / "p.safetensors"),
+        lambda: fg.save_delta(partial, tmp_path / "d.safetensors"),
+    ):
+        with pytest.raises(PartialError, match=r"up_proj.weight is trained.*replaced.*Remedy"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+    partial.remove()
+
+
+@pytest.mark.parametrize("kind", ["parametrize", "delete"])
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_a_weight_that_is_taken_out_of_its_module_is_named(kind, layer):
+    module = nn.Linear(6, 6) if layer == "linear" else nn.Conv1d(6, 6, 1)
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
+    fg.make_partial(module, fg.Selection(shapes, "row", {"weight": np.array([1, 4])}))
+    if kind == "parametrize":
+        parametrize.register_parametrization(module, "weight", nn.Tanh())
+    else:
+        del module.weight
+    with pytest.raises(PartialError, match=r"weight was taken out of its module.*Remedy"):
+        module(torch.ones(2, 6) if layer == "linear" else torch.ones(2, 6, 3))
