@@ -41,7 +41,7 @@ from fastgrad.blueprint_text import describe
 from fastgrad.errors import BlockSpecError, BlueprintError
 from fastgrad.hub import located, push
 from fastgrad.ranking import rank_scores, refuse_coarse
-from fastgrad.resources import CostModel
+from fastgrad.resources import OVER_AGGRESSIVE_SHARE, CostModel
 from fastgrad.staleness import SplitHalf, Staleness, compare
 from fastgrad.stats import GradientStats
 
@@ -230,6 +230,7 @@ class Blueprint:
         datasets: Sequence[DataSetLike] = (),
         tokens_per_step: int | None = None,
         costs: Sequence[CostModel] = (),
+        over_aggressive_share: float = OVER_AGGRESSIVE_SHARE,
         created: str | None = None,
         command: str | None = None,
         n_bootstrap: int = 200,
@@ -254,6 +255,8 @@ class Blueprint:
             costs: further resources that k* is wanted for, such as
                 ``CostModel.time(pairs, n_params=...)`` from measured steps; one of ``memory`` or
                 ``flops`` replaces the counted one.
+            over_aggressive_share: a k* that keeps less than this share of the squared gradient
+                norm is warned of.
             created: ISO date; today by default.
             command: how it was made; the command line by default, paths cut to their last part.
             n_bootstrap, seed: of the intervals.
@@ -266,6 +269,7 @@ class Blueprint:
         return cls._of(from_stats(
             stats, model, domain_tags, checkpoints, origin, tokens_per_step=tokens_per_step,
             n_bootstrap=n_bootstrap, seed=seed, costs=costs,
+            over_aggressive_share=over_aggressive_share,
         ))  # fmt: skip
 
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgrad import heavytail
-from fastgrad.blueprint_fits import FitOptions, Made, costs_of, finish
+from fastgrad.blueprint_fits import FitOptions, Made, costs_of, finish, warned_share
 from fastgrad.blueprint_schema import Submodule
 from fastgrad.errors import BlueprintError
 from fastgrad.staleness import auto_weight
@@ -88,8 +88,9 @@ def blend(
     known = {cost.resource for cost in own}
     costs = own + [cost for cost in costs_of(released.file) if cost.resource not in known]
     options = FitOptions(
-        gamma.n_bootstrap, gamma.seed, flops.tokens_per_step if flops else None, costs
-    )
+        gamma.n_bootstrap, gamma.seed, flops.tokens_per_step if flops else None, costs,
+        warned_share(released.file),
+    )  # fmt: skip
     return finish(document, spec, specs, blocks, options)
 
 

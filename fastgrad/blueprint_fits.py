@@ -42,12 +42,14 @@ class FitOptions:
         n_bootstrap, seed: of the intervals.
         tokens_per_step: that k* for FLOPs is about; None: there is none.
         costs: further resources, or other coefficients of memory and FLOPs.
+        over_aggressive_share: a k* that keeps less of the mass is warned of.
     """
 
     n_bootstrap: int = 200
     seed: int = 0
     tokens_per_step: int | None = None
     costs: Sequence[CostModel] = ()
+    over_aggressive_share: float = OVER_AGGRESSIVE_SHARE
 
 
 def finish(
@@ -203,13 +205,12 @@ def _k_stars(
         costs[cost.resource] = cost
     found = {}
     for resource, cost in costs.items():
-        best = k_star(gamma, cost)
+        best = k_star(gamma, cost, options.over_aggressive_share)
         found[resource] = best.to_dict() | {
             "unit": cost.unit,
             "mass": "squared_norm",
             "granularity": granularity,
             "tokens_per_step": tokens if resource == "flops" and resource not in given else None,
-            "over_aggressive_share": OVER_AGGRESSIVE_SHARE,
             "curve_share": curve.share_at(best.value),
             "paper": _paper(rank_exponent, cost, curve),
         }
@@ -229,6 +230,12 @@ def _paper(
         "label": PAPER_LABEL, "rank_exponent": rank_exponent, "gamma": gamma, "value": value,
         "curve_share": curve.share_at(min(value, 1.0)),
     }  # fmt: skip
+
+
+def warned_share(file: Any) -> float:
+    """The ``over_aggressive_share`` of a measurement (``Measured``), where it is one for all."""
+    found = {k.over_aggressive_share for k in file.k_star.values()} - {None}
+    return float(found.pop()) if len(found) == 1 else OVER_AGGRESSIVE_SHARE
 
 
 def costs_of(file: Any) -> list[CostModel]:

@@ -49,6 +49,7 @@ def from_stats(
     n_bootstrap: int,
     seed: int,
     costs: Sequence[CostModel],
+    over_aggressive_share: float,
 ) -> Made:
     """See :meth:`fastgrad.Blueprint.from_stats`."""
     if isinstance(domain_tags, str):
@@ -87,7 +88,7 @@ def from_stats(
         if not stats.grid(name).is_whole
     }
     per_step = tokens_per_step or (tokens // stats.n_batches if tokens else None)
-    options = FitOptions(n_bootstrap, seed, per_step, costs)
+    options = FitOptions(n_bootstrap, seed, per_step, costs, over_aggressive_share)
     return finish(document, stats.spec, stats.specs, blocks, options)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from fastgrad import heavytail
-from fastgrad.blueprint_fits import FitOptions, Made, costs_of, finish
+from fastgrad.blueprint_fits import FitOptions, Made, costs_of, finish, warned_share
 from fastgrad.blueprint_provenance import provenance
 from fastgrad.blueprint_schema import (
     BlueprintFile,
@@ -79,8 +79,9 @@ def merge(one: Blueprint, other: Blueprint, created: str | None, command: str | 
     }  # fmt: skip
     gamma = a.fits.norm.gamma
     options = FitOptions(
-        gamma.n_bootstrap, gamma.seed, _tokens_per_step(a, b, data, lost), _costs(a, b, lost)
-    )
+        gamma.n_bootstrap, gamma.seed, _tokens_per_step(a, b, data, lost), _costs(a, b, lost),
+        max(warned_share(a), warned_share(b)),
+    )  # fmt: skip
     weight = [f.data.n_batches / data["n_batches"] for f in (a, b)]
     blocks = {
         name: weight[0] * values + weight[1] * other.block_sq[name]

@@ -297,7 +297,7 @@ def _findings(blueprint: Blueprint) -> list[tuple[str, str]]:
     if tail is not None:
         rows.append(("power law", f"{tail.verdict}: {_plain(tail.reason)}"))
     for name, k in file.k_star.items():
-        warning = ", over-aggressive: keeps less than half" if k.over_aggressive else ""
+        warning = f", over-aggressive: keeps {k.kept_share:.0%}" if k.over_aggressive else ""
         rows.append((f"k\\* for {_plain(name)}", f"{k.value:.1%}{warning}"))
     if noise.noise_scale is not None:
         rows.append(("gradient noise scale", f"{noise.noise_scale:,.1f} examples"))

@@ -269,8 +269,9 @@ class KStar:
         fixed: cost at k = 0, in the cost model's unit.
         per_param: cost of k going from 0 to 1, in the same unit.
         kept_share: share of gradient mass kept at k*, ``value**gamma``.
-        over_aggressive: whether ``kept_share`` is below ``OVER_AGGRESSIVE_SHARE``.
+        over_aggressive: whether ``kept_share`` is below ``over_aggressive_share``.
         mode, n_points, residual: of the cost model, see :class:`CostModel`.
+        over_aggressive_share: share of gradient mass below which the warning is given.
     """
 
     resource: str
@@ -285,13 +286,16 @@ class KStar:
     mode: str = COUNTED
     n_points: int | None = None
     residual: float | None = None
+    over_aggressive_share: float = OVER_AGGRESSIVE_SHARE
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
         return asdict(self)
 
 
-def k_star(gamma: float, cost: CostModel) -> KStar:
+def k_star(
+    gamma: float, cost: CostModel, over_aggressive_share: float = OVER_AGGRESSIVE_SHARE
+) -> KStar:
     """Fraction of parameters with the most gradient mass kept per unit of one resource.
 
     Interior optimum ``gamma * fixed / (per_param * (1 - gamma))``; it lies below 1 only if
@@ -302,16 +306,23 @@ def k_star(gamma: float, cost: CostModel) -> KStar:
         gamma: exponent of the share of mass, positive; 1 and above mean that no fraction is
             denser than the rest.
         cost: the resource.
+        over_aggressive_share: the result warns if it keeps less than this share of the mass,
+            in [0, 1]; 0 never warns.
 
     Raises:
-        ResourceError: ``gamma`` is not a positive number; or nothing is paid at k = 0 while
-            ``gamma < 1``, where the quotient grows without bound as k goes to 0.  That is an
+        ResourceError: ``gamma`` is not a positive number, or the share no share; or nothing is
+            paid at k = 0 while ``gamma < 1``, where the quotient grows without bound as k goes to
+            0.  That is an
             error and not a tiny k*, because a real step always pays something for the parameters
             that it does not train: the model lacks a term, and "train one parameter" would be
             an answer to a question nobody asked.
     """
     if not (math.isfinite(gamma) and gamma > 0.0):
         raise ResourceError(f"gamma must be a positive number; got {gamma}")
+    if not 0.0 <= over_aggressive_share <= 1.0:
+        raise ResourceError(
+            f"over_aggressive_share must lie in [0, 1]; got {over_aggressive_share}"
+        )
     fixed, per_param = cost.fixed, cost.per_param
     floor = 1.0 / cost.n_params
     clamped = True
@@ -354,10 +365,11 @@ def k_star(gamma: float, cost: CostModel) -> KStar:
         fixed=fixed,
         per_param=per_param,
         kept_share=kept_share,
-        over_aggressive=kept_share < OVER_AGGRESSIVE_SHARE,
+        over_aggressive=kept_share < over_aggressive_share,
         mode=cost.mode,
         n_points=cost.n_points,
         residual=cost.residual,
+        over_aggressive_share=over_aggressive_share,
     )
 
 

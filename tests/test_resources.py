@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fastgrad import resources
 from fastgrad.errors import FastgradError, ResourceError
-from fastgrad.resources import CostModel, KStar, k_star
+from fastgrad.resources import OVER_AGGRESSIVE_SHARE, CostModel, KStar, k_star
 
 MATHS = Path(__file__).parents[1] / "docs" / "maths.md"
 
@@ -343,3 +343,18 @@ def test_page_memory_saved_at_7b() -> None:
         saved.append(f"{(cost.cost(1) - cost.cost(0.2)) / 1e9:.1f} GB")
     page_says(*saved)
     assert saved == ["44.8 GB", "67.2 GB"]
+
+
+def test_the_share_that_is_warned_of_is_a_choice():
+    cost = model(1.0, 8.0, n_params=10**6)
+    by_default = k_star(0.5, cost)
+    assert by_default.over_aggressive_share == OVER_AGGRESSIVE_SHARE == 0.5
+    assert by_default.over_aggressive
+    kept = by_default.kept_share
+    assert kept == pytest.approx(math.sqrt(0.125))
+    assert not k_star(0.5, cost, over_aggressive_share=kept * 0.999).over_aggressive
+    assert k_star(0.5, cost, over_aggressive_share=kept * 1.001).over_aggressive
+    assert not k_star(0.5, cost, over_aggressive_share=0.0).over_aggressive
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ResourceError, match=r"over_aggressive_share must lie in \[0, 1\]"):
+            k_star(0.5, cost, over_aggressive_share=bad)
