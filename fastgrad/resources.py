@@ -312,10 +312,9 @@ def k_star(
     Raises:
         ResourceError: ``gamma`` is not a positive number, or the share no share; or nothing is
             paid at k = 0 while ``gamma < 1``, where the quotient grows without bound as k goes to
-            0.  That is an
-            error and not a tiny k*, because a real step always pays something for the parameters
-            that it does not train: the model lacks a term, and "train one parameter" would be
-            an answer to a question nobody asked.
+            0.  That is an error and not a tiny k*, because a real step always pays something for
+            the parameters that it does not train: the model lacks a term, and "train one
+            parameter" would be an answer to a question nobody asked.
     """
     if not (math.isfinite(gamma) and gamma > 0.0):
         raise ResourceError(f"gamma must be a positive number; got {gamma}")

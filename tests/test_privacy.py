@@ -24,6 +24,7 @@ from fastgrad.clipping import SLACK, clipped_norms
 from fastgrad.errors import BlueprintError, CoverageError, MissingExtraError, PrivacyError
 from fastgrad.identity import model_parameters
 from tests.models import MODELS, batch_of, one_example, randomised
+from tests.test_heavytail import page_says
 
 pytest.importorskip("dp_accounting")
 
@@ -335,6 +336,13 @@ def test_no_test_tells_neighbours_apart_better_than_promised():
     # Sampling: each share is known to 0.16 %, the smaller one counts e^epsilon times.
     error = 4 * math.sqrt(delta / draws) * (1 + math.exp(epsilon / 2))
     assert delta - error < max(gaps) < delta + error + 2e-3
+
+
+def test_page_noise_and_examples():
+    multipliers = [privacy.calibrated(1e-6, epsilon=e)[0] for e in (1.0, 2.0, 8.0)]
+    page_says("{:.2f}, {:.2f} and {:.2f}".format(*multipliers))
+    share = 10 * math.sqrt(50)  # each submodule's norm is clip / share
+    page_says(f"C/{share:.0f}", f"takes {math.ceil(4 * multipliers[1] * share)} examples")
 
 
 # -- the file ----------------------------------------------------------------------------------
