@@ -72,12 +72,16 @@ def built_ranks(config: Any, model: nn.Module) -> tuple[dict[str, int], set[str]
     tried = copy.deepcopy(config)
     tried.init_lora_weights = True  # any other reads the weights, which the copy lacks
     tried.task_type = None  # what it adds to the model's methods is not in question
-    bare = _without_weights(model)
+    try:
+        bare = _without_weights(model)
+    except RuntimeError as error:  # a tensor that was computed, as older weight_norm keeps one
+        raise SelectionError(f"the model cannot be copied to try the configuration: {error}. "
+                             "Remedy: fold what reparametrises its weights") from error  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             built: Any = get_peft_model(bare, tried)
-    except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise SelectionError(f"PEFT refuses the configuration: {error}. Remedy: exclude what it "
                              "names") from error  # fmt: skip
     return ranks_of(built)
