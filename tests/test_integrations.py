@@ -182,6 +182,6 @@ def test_without_transformers_the_error_names_the_extra():
 
 
 def test_an_unknown_integration_is_an_attribute_error():
-    assert dir(fg.integrations) == ["transformers"]
+    assert dir(fg.integrations) == ["peft_export", "transformers"]
     with pytest.raises(AttributeError, match="nothing"):
         _ = fg.integrations.nothing
