@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import minilm_report
 import roofline
 from fastgrad_kernels.compile_check import Facts, check, markdown
 from timing import environment
@@ -269,6 +270,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/train.md": {
         "peers": peers, "optimizer-step": optimizer_step, "partial-step": partial_step,
     },
+    "docs/blueprint.md": {"minilm": minilm_report.section},
     "docs/kernels.md": {
         "gpu-gate": gpu_gate,
         "roofline": roofline_floors,

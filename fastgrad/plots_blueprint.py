@@ -36,7 +36,7 @@ def blueprint_figure(blueprint: Blueprint, *, title: str | None = None) -> Any:
     """
     file = blueprint.file
     entries = blueprint.submodules
-    if not any(s.grad_norm for s in entries):
+    if file.fits is None or not any(s.grad_norm for s in entries):
         raise FastgradError("the blueprint holds no gradient: there is nothing to draw")
     rows = len({_module(s.name) for s in entries})
     figure = new_figure(12.5, 4.6 + max(3.2, 0.24 * min(rows, 24) + 1.2))
@@ -107,7 +107,8 @@ def _shares(ax: Any, domains: Sequence[Blueprint], labels: Sequence[str]) -> Non
     table = np.array([[of.get(n, 0.0) for n in shown] for of in shares])
     ax.hlines(place, table.min(0), table.max(0), color="#c4c4c4", linewidth=2.0, zorder=1)
     for i, label in enumerate(labels):
-        ax.plot(table[i], place, _marker(i), color=_colour(i), markersize=7,
+        # The first is larger, so that it is seen behind another at the same place.
+        ax.plot(table[i], place, _marker(i), color=_colour(i), markersize=6 if i else 9.5,
                 markeredgecolor="white", markeredgewidth=0.6, label=label, zorder=3)  # fmt: skip
     ax.set_yticks(place, [_label(n) for n in shown], fontsize=8.5)
     ax.invert_yaxis()
