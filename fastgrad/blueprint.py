@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fastgrad import blueprint_files as files
 from fastgrad.blocks import BlockGrid, grid_of, in_words
 from fastgrad.blueprint_blend import blend
+from fastgrad.blueprint_coarse import Coarseness, coarsened, is_coarse, norms_by_name
 from fastgrad.blueprint_diff import BlueprintDiff, diff
 from fastgrad.blueprint_domains import (
     NearestDomain,
@@ -38,7 +39,7 @@ from fastgrad.blueprint_schema import (
     Submodule,
 )
 from fastgrad.blueprint_text import describe
-from fastgrad.errors import BlockSpecError, BlueprintError
+from fastgrad.errors import BlockSpecError, BlueprintError, SelectionError
 from fastgrad.hub import located, push
 from fastgrad.ranking import rank_scores, refuse_coarse
 from fastgrad.resources import OVER_AGGRESSIVE_SHARE, CostModel
@@ -168,7 +169,7 @@ class Blueprint:
             SelectionError: naming the parameters for which this blueprint is too coarse or that
                 were not measured.
         """
-        norms = {s.name: s.grad_norm for s in self.submodules if s.grad_norm is not None}
+        norms = norms_by_name(self.file)
         found = {}
         for name, grid in grids.items():
             if grid.is_whole and name in norms:
@@ -189,7 +190,8 @@ class Blueprint:
             SelectionError: for another ranking, or a granularity that the blueprint lacks.
             BlockSpecError: for an unknown granularity.
         """
-        measured = [s for s in self.submodules if s.grad_norm is not None and s.numel]
+        self.refuse_ranking(ranking)
+        measured = [s for s in self.submodules if s.name in self.measured_names and s.numel]
         grids = {
             s.name: BlockGrid.of(s.shape, blocks)
             if blocks
@@ -205,6 +207,28 @@ class Blueprint:
             name: rank_scores(ranking, energy, grids[name].sizes(), weights.get(name))
             for name, energy in self.energy(grids).items()
         }
+
+    @property
+    def measured_names(self) -> set[str]:
+        """Parameters that the blueprint has a norm, or a rank, of."""
+        return set(norms_by_name(self.file))
+
+    def refuse_ranking(self, ranking: str) -> None:
+        """Raise SelectionError for a ranking that a coarse blueprint does not know."""
+        if is_coarse(self.file) and ranking != "rms":
+            raise SelectionError(
+                f"this blueprint holds {self.file.privacy.released} of rms alone, so it cannot "
+                f"rank by {ranking}. Remedy: ranking='rms'"
+            )
+
+    def coarse(self, kind: Coarseness) -> Blueprint:
+        """A blueprint that says of the gradient nothing but the ``ranks`` or the ``deciles`` of
+        the submodules' rms. By itself that is no privacy; see :func:`fastgrad.private_norms`.
+
+        Raises:
+            BlueprintError: for another kind, several domains, a blend, or a coarse blueprint.
+        """
+        return Blueprint(coarsened(self.file, kind))
 
     def summary(self) -> str:
         """What the blueprint says, as text."""

@@ -28,6 +28,10 @@ def blend(
 ) -> Made:
     """See :meth:`fastgrad.Blueprint.blend`."""
     ours = {s.name: s for s in local.submodules}
+    if released.file.fits is None or local.file.fits is None:
+        raise BlueprintError(
+            "ranks or deciles alone cannot be blended with norms. Remedy: select by one of the two"
+        )
     _check_same_model(released, local, allow_other)
     measured = [s.name for s in released.submodules if s.grad_norm is not None]
     theirs = {s.name: s for s in released.submodules}

@@ -219,7 +219,7 @@ def diff(one: Blueprint, other: Blueprint) -> BlueprintDiff:
     """See :meth:`fastgrad.Blueprint.diff`."""
     provenance = tuple(_provenance(one, other))
     shapes = [dict(zip(b.names, b.shapes, strict=True)) for b in (one, other)]
-    measured = [{s.name: s for s in b.submodules if s.grad_norm is not None} for b in (one, other)]
+    measured = [{n: n for n in b.names if n in b.measured_names} for b in (one, other)]
     common = [n for n in measured[0] if n in measured[1] and shapes[0][n] == shapes[1][n]]
     differing = {
         n: (shape, shapes[1][n]) for n, shape in shapes[0].items()
@@ -312,7 +312,10 @@ def _changes(
 
 def _fits(one: Blueprint, other: Blueprint) -> dict[str, tuple[Any, Any]]:
     def numbers(b: Blueprint) -> dict[str, Any]:
-        fits, tail = b.file.fits, b.file.fits.norm.tail
+        fits = b.file.fits
+        if fits is None:
+            return {}
+        tail = fits.norm.tail
         found: dict[str, Any] = {
             "gamma of ‖g‖": fits.norm.gamma.gamma,
             "gamma of ‖g‖²": fits.squared_norm.gamma.gamma,

@@ -77,6 +77,7 @@ def merge(one: Blueprint, other: Blueprint, created: str | None, command: str | 
             "not_merged": lost,
         },
     }  # fmt: skip
+    assert a.fits is not None  # refused above
     gamma = a.fits.norm.gamma
     options = FitOptions(
         gamma.n_bootstrap, gamma.seed, _tokens_per_step(a, b, data, lost), _costs(a, b, lost),
@@ -105,6 +106,11 @@ def refuse(one: Blueprint, other: Blueprint) -> None:
             raise BlueprintError(
                 "a blend's numbers are normalised and cannot be added up. Remedy: merge what it "
                 "was made of, then blend"
+            )
+        if file.fits is None:
+            raise BlueprintError(
+                f"a release of {file.privacy.released} alone cannot be merged: they do not add up. "
+                "Remedy: merge the measurements, then make them coarse"
             )
         if file.privacy.mechanism != "none":
             raise BlueprintError(

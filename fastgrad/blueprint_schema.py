@@ -136,6 +136,12 @@ class Submodule(Part):
         None, description="√(batch_sum_sq / n_batches); of a private release √(noised_norm² − "
         "privacy.noise_std²), or 0"
     )
+    rank: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="coarse release: by rms, 1 is the highest"
+    )
+    decile: Annotated[int, Field(ge=1, le=10)] | None = Field(
+        None, description="coarse release: tenth of the ranks, 1 is the highest"
+    )
     noised_norm: float | None = Field(
         None, description="private release: norm of the mean clipped gradient, plus noise"
     )
@@ -426,7 +432,7 @@ class Measured(Part):
     domain_tags: list[str]
     submodules: Annotated[list[Submodule], Field(min_length=1), FailFast()]
     dead: list[str] = Field(description="submodules whose gradient is at rounding level")
-    fits: Fits
+    fits: Fits | None = Field(description="null in a coarse release")
     block_fit: Fit | None = Field(None, description="over blocks, ‖g‖², where vectors exist")
     k_star: dict[str, KStarEntry]
     noise: Noise

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastgrad.blueprint_schema import BlueprintFile, Lorenz
+from fastgrad.blueprint_schema import BlueprintFile, Fits, Lorenz
 
 
 def describe(file: BlueprintFile) -> str:
     """What a blueprint says, as text."""
     model, data, noise = file.model, file.data, file.noise
-    fit = file.fits.squared_norm
-    tail = file.fits.norm.tail
     lines = [
         f"model      {model.class_name or 'unknown class'} {model.name_or_path or ''} "
         f"{model.n_parameters:,} parameters, weights {(model.weights_hash or 'not hashed')[:23]}",
         f"data       {', '.join(file.domain_tags) or 'no domain tag'}: {data.n_examples:,} "
         f"examples in {data.n_batches:,} batches, {_or_unknown(data.n_label_tokens)} label tokens",
-        "mass       top 10 % / 20 % / 50 % of the parameters hold "
-        + " / ".join(f"{_share_at(fit.lorenz, k):.0%}" for k in (0.1, 0.2, 0.5))
-        + " of the squared gradient norm",
-        f"gamma      {fit.gamma.gamma:.3f} for ‖g‖², {file.fits.norm.gamma.gamma:.3f} for ‖g‖",
+        *_concentration(file.fits),
     ]
-    if tail is not None:
-        exponent = "" if tail.rank_exponent is None else f"rank exponent {tail.rank_exponent:.2f}, "
-        lines.append(f"power law  {exponent}{tail.verdict}: {tail.reason}")
+    if file.privacy.mechanism != "none":
+        p = file.privacy
+        lines.append(
+            f"privacy    {p.mechanism}: epsilon {_number(p.epsilon)}, delta {_number(p.delta)} for "
+            f"one {p.unit} ({p.adjacency}); noise {_number(p.noise_std)} on each norm"
+        )
+    if file.fits is None:
+        lines.append(f"released   {file.privacy.released} of the submodules' rms alone")
     for name, k in file.k_star.items():
         least = 0.5 if k.over_aggressive_share is None else k.over_aggressive_share
         warning = f" (over-aggressive: keeps less than {least:.0%})" if k.over_aggressive else ""
@@ -65,6 +65,8 @@ def describe(file: BlueprintFile) -> str:
     ranked = sorted(
         (s for s in file.submodules if s.rms is not None), key=lambda s: -(s.rms or 0.0)
     )[:10]
+    if file.fits is None:
+        return "\n".join([*lines, "", *_first(file)])
     width = max((len(s.name) for s in ranked), default=0)
     lines += ["", f"{'highest rms':<{width}}  {'rms':>9}  {'norm':>9}  {'share':>6}  elements"]
     lines += [
@@ -75,8 +77,37 @@ def describe(file: BlueprintFile) -> str:
     return "\n".join(lines)
 
 
+def _concentration(fits: Fits | None) -> list[str]:
+    if fits is None:
+        return []
+    fit, tail = fits.squared_norm, fits.norm.tail
+    lines = [
+        "mass       top 10 % / 20 % / 50 % of the parameters hold "
+        + " / ".join(f"{_share_at(fit.lorenz, k):.0%}" for k in (0.1, 0.2, 0.5))
+        + " of the squared gradient norm",
+        f"gamma      {fit.gamma.gamma:.3f} for ‖g‖², {fits.norm.gamma.gamma:.3f} for ‖g‖",
+    ]
+    if tail is not None:
+        exponent = "" if tail.rank_exponent is None else f"rank exponent {tail.rank_exponent:.2f}, "
+        lines.append(f"power law  {exponent}{tail.verdict}: {tail.reason}")
+    return lines
+
+
+def _first(file: BlueprintFile) -> list[str]:
+    """The ten highest of a coarse file, with their rank or decile."""
+    known = [s for s in file.submodules if s.rank is not None or s.decile is not None]
+    best = sorted(known, key=lambda s: s.rank or s.decile or 0)[:10]
+    width = max((len(s.name) for s in best), default=0)
+    head = f"{'highest rms':<{width}}  {file.privacy.released}  elements"
+    return [head, *(f"{s.name:<{width}}  {s.rank or s.decile:>6}  {s.numel:,}" for s in best)]
+
+
 def _share_at(curve: Lorenz, k: float) -> float:
     return float(np.interp(k, curve.k, curve.share))
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
 
 
 def _or_unknown(value: int | None) -> str:

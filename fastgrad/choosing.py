@@ -248,7 +248,7 @@ def parameters_of(
 def _measured_names(source: Blueprint | GradientStats) -> set[str]:
     if isinstance(source, GradientStats):
         return set(source.names)
-    return {s.name for s in source.submodules if s.grad_norm is not None}
+    return source.measured_names
 
 
 def filtered_names(

@@ -254,8 +254,6 @@ def section_lines(
         "|:--|:--|",
         *(f"| {name} | {value} |" for name, value in _findings(blueprint)),
         "",
-        "| highest gradient per weight | share of the squared norm | weights |",
-        "|:--|--:|--:|",
         *_highest(blueprint),
         "",
     ]
@@ -289,6 +287,8 @@ def _findings(blueprint: Blueprint) -> list[tuple[str, str]]:
     import numpy as np
 
     file = blueprint.file
+    if file.fits is None:
+        return [("released", f"{_plain(file.privacy.released or '')} of the submodules' rms alone")]
     fit, tail, noise = file.fits.squared_norm, file.fits.norm.tail, file.noise
     shares = " / ".join(
         f"{np.interp(k, fit.lorenz.k, fit.lorenz.share):.0%}" for k in (0.1, 0.2, 0.5)
@@ -309,9 +309,18 @@ def _findings(blueprint: Blueprint) -> list[tuple[str, str]]:
 
 
 def _highest(blueprint: Blueprint, n: int = 5) -> list[str]:
+    if blueprint.file.fits is None:
+        scores = blueprint.scores("rms")
+        best = sorted(scores, key=lambda name: -float(scores[name][0]))[:n]
+        sizes = {s.name: s.numel for s in blueprint.submodules}
+        return ["| highest gradient per weight | weights |", "|:--|--:|",
+                *(f"| `{_plain(name)}` | {sizes[name]:,} |" for name in best)]  # fmt: skip
     ranked = sorted((s for s in blueprint.submodules if s.rms is not None),
                     key=lambda s: -(s.rms or 0.0))  # fmt: skip
-    return [f"| `{_plain(s.name)}` | {s.share or 0:.1%} | {s.numel:,} |" for s in ranked[:n]]
+    return ["| highest gradient per weight | share of the squared norm | weights |",
+            "|:--|--:|--:|",
+            *(f"| `{_plain(s.name)}` | {s.share or 0:.1%} | {s.numel:,} |"
+              for s in ranked[:n])]  # fmt: skip
 
 
 def _reference(blueprint: Blueprint) -> str:

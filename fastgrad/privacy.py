@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgrad.blueprint import Blueprint
+from fastgrad.blueprint_coarse import Coarseness
 from fastgrad.blueprint_fits import FitOptions, finish
 from fastgrad.blueprint_make import DataSetLike
 from fastgrad.blueprint_provenance import provenance, public_name
@@ -109,6 +110,7 @@ class PrivateNorms:
         command: str | None = None,
         n_bootstrap: int = 200,
         seed: int = 0,
+        coarse: Coarseness | None = None,
     ) -> Blueprint:
         """A blueprint that is made of the noised norms alone.
 
@@ -120,6 +122,8 @@ class PrivateNorms:
             domain_tags, datasets: names, which have to be public.
             tokens_per_step, costs, created, command: see :meth:`Blueprint.from_stats`.
             n_bootstrap, seed: of the intervals, which resample submodules and not examples.
+            coarse: ``ranks`` or ``deciles``: say these of the noised norms and nothing else. The
+                guarantee is that of the norms.
 
         Raises:
             BlueprintError: if an argument does not fit the schema, or no norm rises above the
@@ -161,7 +165,8 @@ class PrivateNorms:
             "provenance": provenance(created, command, about["torch"]),
         }  # fmt: skip
         options = FitOptions(n_bootstrap, seed, tokens_per_step, costs)
-        return Blueprint._of(finish(document, "module", {}, {}, options))
+        made = Blueprint._of(finish(document, "module", {}, {}, options))
+        return made if coarse is None else made.coarse(coarse)
 
     def to_dict(self) -> dict[str, Any]:
         """The ``privacy`` part of a blueprint."""

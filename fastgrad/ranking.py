@@ -131,6 +131,8 @@ def block_scores(
         return {n: s / np.maximum(grids[n].sizes(), 1) for n, s in sums.items()}
     if ranking == "l1":
         return _mean_abs(source, grids)
+    if not isinstance(source, GradientStats):
+        source.refuse_ranking(ranking)
     energies = stats_energy(source, grids) if isinstance(source, GradientStats) else (
         source.energy(grids)
     )  # fmt: skip

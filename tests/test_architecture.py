@@ -48,7 +48,7 @@ RANKS: list[set[str]] = [
     {"blueprint_strict_json"},
     {"ranking", "blueprint_schema", "blueprint_provenance", "blueprint_text", "hub", "selection",
      "selection_report"},
-    {"spread", "filling"},
+    {"spread", "filling", "blueprint_coarse"},
     {"joint"},
     {"sparse_layers", "sparse_conv", "sparse_experts", "readings",
      "conversion"},

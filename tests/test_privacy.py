@@ -21,7 +21,13 @@ from torch import nn
 import fastgrad as fg
 from fastgrad import clipping, privacy
 from fastgrad.clipping import SLACK, clipped_norms
-from fastgrad.errors import BlueprintError, CoverageError, MissingExtraError, PrivacyError
+from fastgrad.errors import (
+    BlueprintError,
+    CoverageError,
+    MissingExtraError,
+    PrivacyError,
+    SelectionError,
+)
 from fastgrad.identity import model_parameters
 from tests.models import MODELS, batch_of, one_example, randomised
 from tests.test_heavytail import page_says
@@ -466,6 +472,99 @@ def test_a_private_blueprint_is_one(tmp_path):
     assert blended.file.privacy.mechanism == "none"  # the local sample is in it, exact
     with pytest.raises(BlueprintError, match="protected by gaussian"):
         back.merge(fg.Blueprint.from_stats(stats, model=model))
+
+
+# -- coarse ------------------------------------------------------------------------------------
+
+
+def coarse_pair(kind):
+    model = randomised(MODELS["llama"])
+    found = fg.private_norms(model, [batch_of(4, seed=s) for s in range(8)], clip=0.5, n=32,
+                             delta=1e-3, noise_multiplier=0.5)  # fmt: skip
+    return model, found, found.blueprint(["toy"]), found.blueprint(["toy"], coarse=kind)
+
+
+@pytest.mark.parametrize("kind", ["ranks", "deciles"])
+def test_a_coarse_file_holds_the_order_alone(tmp_path, kind):
+    model, found, full, coarse = coarse_pair(kind)
+    numel = np.array([math.prod(s) for s in full.shapes])
+    rms = found.values / np.sqrt(numel)
+    order = np.argsort(-rms, kind="stable")
+    rank = np.empty(len(order), dtype=int)
+    rank[order] = np.arange(1, len(order) + 1)
+    for s, r in zip(coarse.submodules, rank.tolist(), strict=True):
+        if kind == "ranks":
+            assert (s.rank, s.decile) == (r, None)
+        else:
+            assert (s.rank, s.decile) == (None, 1 + 10 * (r - 1) // len(rank))
+    # Every number that is left is public, or an order: it stands in the file of other norms that
+    # are ordered alike, too.
+    other = copy.copy(found)
+    moved = np.sort(np.random.default_rng(0).normal(0.02, 0.01, len(rms)))[::-1]
+    values = np.empty_like(moved)
+    values[order] = moved
+    object.__setattr__(other, "values", values * np.sqrt(numel))
+    assert other.blueprint(["toy"], coarse=kind).to_json() == coarse.to_json()
+    part = coarse.file.privacy
+    assert (part.mechanism, part.released, part.epsilon) == ("gaussian", kind, found.epsilon)
+    assert f"Only their {kind}" in part.statement
+    # It is a blueprint all the same.
+    coarse.save_pretrained(tmp_path)
+    back = fg.Blueprint.from_pretrained(tmp_path)
+    assert back.to_json() == coarse.to_json()
+    scores = back.scores("rms")
+    ranked = sorted(scores, key=lambda n: -scores[n][0])
+    if kind == "ranks":
+        assert ranked == [full.names[i] for i in order]
+    chosen = fg.select(back, model=model, fraction=0.3)
+    assert 0 < chosen.fraction <= 0.3
+    assert kind in back.summary()
+    assert "epsilon" in back.summary()
+
+
+def test_coarse_is_not_private_by_itself():
+    stats_model = randomised(MODELS["llama"])
+    with fg.Probe(stats_model) as probe:
+        for seed in range(4):
+            stats_model(**batch_of(3, seed=seed)).loss.backward()
+    exact = fg.Blueprint.from_stats(probe.stats(), model=stats_model)
+    coarse = exact.coarse("ranks")
+    assert coarse.file.privacy.mechanism == "none"
+    assert "no privacy guarantee" in coarse.file.privacy.statement
+    assert coarse.file.fits is None
+    assert coarse.k_star == {}
+    agreement = coarse.staleness(probe.stats())
+    assert agreement.spearman == pytest.approx(1.0)
+    assert coarse.diff(exact).spearman == pytest.approx(1.0)
+    exact_scores, ranks = exact.scores("rms"), coarse.scores("rms")
+    assert sorted(exact_scores, key=lambda n: -exact_scores[n][0]) == sorted(
+        ranks, key=lambda n: -ranks[n][0]
+    )
+
+
+def test_what_ranks_cannot_do_is_refused():
+    model, _, full, coarse = coarse_pair("deciles")
+    with fg.Probe(model) as probe:
+        model(**batch_of(3)).loss.backward()
+        model(**batch_of(3, seed=2)).loss.backward()
+    for ranking in ("norm", "relative"):
+        with pytest.raises(SelectionError, match=f"deciles of rms alone.*rank by {ranking}"):
+            fg.select(coarse, model=model, fraction=0.3, ranking=ranking)
+        with pytest.raises(SelectionError, match="deciles of rms alone"):
+            coarse.scores(ranking)
+    with pytest.raises(BlueprintError, match="cannot be blended"):
+        coarse.blend(probe.stats())
+    with pytest.raises(BlueprintError, match="deciles alone cannot be merged"):
+        coarse.merge(full)
+    with pytest.raises(BlueprintError, match="a coarse file cannot be made coarse"):
+        coarse.coarse("ranks")
+    with pytest.raises(BlueprintError, match="use ranks or deciles"):
+        full.coarse("quartiles")
+    two = full.with_domain(fg.Blueprint.from_stats(probe.stats(), domain_tags=["b"], model=model))
+    with pytest.raises(BlueprintError, match="several domains"):
+        two.coarse("ranks")
+    with pytest.raises(SelectionError, match=r"no k\* for .memory.; it has none"):
+        fg.select(coarse, model=model, k_star="memory")
 
 
 # -- what is refused ---------------------------------------------------------------------------

@@ -337,7 +337,7 @@ def _measured(
     if isinstance(source, GradientStats):
         names = list(shapes)
     else:
-        names = [s.name for s in source.submodules if s.grad_norm is not None]
+        names = [n for n in source.names if n in source.measured_names]
     grids = {name: BlockGrid.of(shapes[name], "module") for name in names}
     scores = block_scores(source, None, "norm", grids, seed=0)
     return {name: float(v[0]) ** 2 for name, v in scores.items() if np.isfinite(v[0])}
