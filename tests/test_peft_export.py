@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -429,3 +430,49 @@ def test_a_model_without_weights_is_enough():
     with torch.device("meta"):
         bare = models.llama()
     assert peft_config(blueprint, bare, count=6) == peft_config(blueprint, model, count=6)
+
+
+def test_the_released_example_becomes_a_configuration_of_its_model():
+    """docs/examples/minilm-code, on the model's shape alone."""
+    from transformers import BertConfig, BertModel
+
+    folder = Path(__file__).parent.parent / "docs" / "examples" / "minilm-code"
+    blueprint = fg.Blueprint.from_pretrained(folder)
+    with torch.device("meta"):
+        model = BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536))
+    plan = lora_plan(blueprint, model, count=12)
+    config = peft_config(blueprint, model, count=12, task_type="FEATURE_EXTRACTION")
+    assert len(plan.ranks) == 12
+    # The word embeddings have the largest weight and a small gradient per weight.
+    assert "embeddings.word_embeddings.weight" not in plan.ranks
+    norm = {s.name: s.grad_norm for s in blueprint.submodules}
+    free = [n for n, r in plan.ranks.items() if 1 < r < min(32, plan.targets[n].max_rank)]
+    size = {n: plan.ranks[n] * plan.targets[n].cost for n in free}
+    for a in free:
+        for b in free:
+            assert abs(size[a] / norm[a] * norm[b] - size[b]) <= 2 * (
+                plan.targets[a].cost * norm[b] / norm[a] + plan.targets[b].cost
+            )
+    assert config.task_type == "FEATURE_EXTRACTION"
+
+
+@pytest.mark.filterwarnings(*BY_PEFT)
+def test_every_family_of_names_gets_what_was_chosen():
+    """An encoder-decoder, whose two lists of layers have one name."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    ))  # fmt: skip
+    ids = torch.randint(3, 60, (3, 7))
+    with fg.Probe(model, per_example=False) as probe:
+        model(input_ids=ids, labels=ids).loss.backward()
+    stats = probe.stats()
+    plan = lora_plan(stats, model, count=7)
+    ranks, _ = ranks_of(built(model, peft_config(stats, model, count=7)))
+    assert ranks == {t.module: plan.ranks[n] for n, t in plan.targets.items()}
+    assert len(layer_list(stats, model, count=1, container="encoder.block")) == 1
+    with pytest.raises(SelectionError, match=r"decoder\.block, encoder\.block"):
+        layer_list(stats, model, count=1)
