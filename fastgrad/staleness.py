@@ -107,6 +107,8 @@ class Staleness:
         weights_match: whether both were measured on the same weights; None if not known.
         more_needed: further batches or examples (see ``local.basis``) that would settle it,
             where the sample is too small and that can be said.
+        more_examples: the same in examples, at the batch size of the sample; where it cannot even
+            be halved, the fewest that would let it.
     """
 
     verdict: Verdict
@@ -119,6 +121,7 @@ class Staleness:
     n_compared: int
     weights_match: bool | None
     more_needed: int | None = None
+    more_examples: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
@@ -176,9 +179,10 @@ def compare(blueprint: Blueprint, local: GradientStats) -> Staleness:
     shapes = dict(zip(blueprint.names, blueprint.shapes, strict=True))
 
     def result(verdict: Verdict, reason: str, found: Agreement | None = None, n: int = 0,
-               halves: SplitHalf | None = None, more: int | None = None) -> Staleness:  # fmt: skip
+               halves: SplitHalf | None = None, more: int | None = None,
+               examples: int | None = None) -> Staleness:  # fmt: skip
         s, t, j = found or (None, None, None)
-        return Staleness(verdict, reason, s, t, j, halves, released, n, match, more)
+        return Staleness(verdict, reason, s, t, j, halves, released, n, match, more, examples)
 
     for name, shape in zip(local.names, local.shapes, strict=True):
         if name not in shapes:
@@ -201,22 +205,32 @@ def compare(blueprint: Blueprint, local: GradientStats) -> Staleness:
             else f"{local.n_batches} batches and {local.n_examples} examples cannot be halved; at "
             f"least {MIN_UNITS} are needed"
         )  # fmt: skip
-        return result("sample too small", what, found, n, halves)
+        fewest = MIN_UNITS - local.n_examples if halves is None and found is not None else 0
+        return result("sample too small", what, found, n, halves,
+                      examples=fewest if fewest > 0 else None)  # fmt: skip
     if halves.reliability < MIN_RELIABILITY:
         needed = halves.needed()
         more = None if needed is None else max(needed - halves.n, 1)
+        examples = _in_examples(more, halves, local)
+        said = "" if examples is None or halves.basis == "examples" else f" ({examples} examples)"
         return result(
             "sample too small",
             f"the local ranks reproduce themselves only to {halves.reliability:.2f} (needed: "
             f"{MIN_RELIABILITY}); "
-            + (f"about {more} more {halves.basis} would settle it" if more else
+            + (f"about {more} more {halves.basis}{said} would settle it" if more else
                "the halves do not agree at all, so the number that would settle it is unknown"),
-            found, n, halves, more,
+            found, n, halves, more, examples,
         )  # fmt: skip
     if match is False and found.spearman < CHANCE / math.sqrt(n - 1):
         return result("different model", f"other weights, and ranks that agree no better than "
                       f"chance (Spearman {found.spearman:.2f})", found, n, halves)  # fmt: skip
     return result(*_judge(found, halves, released, match), found, n, halves)
+
+
+def _in_examples(more: int | None, halves: SplitHalf, local: GradientStats) -> int | None:
+    if more is None or halves.basis == "examples":
+        return more
+    return math.ceil(more * local.n_examples / local.n_batches) if local.n_examples else None
 
 
 def _judge(

@@ -11,6 +11,7 @@ from scipy.stats import binom
 import staleness_power
 from fastgrad import staleness
 from fastgrad.blueprint import Blueprint
+from tests.test_selection import synthetic_stats
 
 
 def released(energy, noise=0.7, batches=32, seed=0):
@@ -102,3 +103,28 @@ def test_dead_parameters_are_left_out():
     energy[:10] = 1.0
     revived = staleness_power.sample(energy, 8, 0.7, np.random.default_rng(1))
     assert reference.staleness(revived).n_compared == 40
+
+
+def test_what_is_asked_for_in_examples():
+    shapes = {f"layers.{i}.weight": (4, 4) for i in range(30)}
+    energy = np.exp(0.15 * np.linspace(-1, 1, 30))
+    reference = Blueprint.from_stats(
+        synthetic_stats(shapes, profile=energy, n_batches=100), n_bootstrap=1
+    )
+    seen = 0
+    for seed in range(1, 9):
+        found = reference.staleness(
+            synthetic_stats(shapes, profile=energy, n_batches=6, per_batch=5, seed=seed)
+        )
+        if found.verdict == "sample too small" and found.more_needed is not None:
+            seen += 1
+            assert found.more_examples == 5 * found.more_needed
+            assert f"more batches ({found.more_examples} examples)" in found.reason
+    assert seen >= 3
+    # Too few to be halved: the fewest that would do.
+    one = reference.staleness(synthetic_stats(shapes, profile=energy, n_batches=1, per_batch=3))
+    assert (one.verdict, one.more_needed, one.more_examples) == ("sample too small", None, 1)
+    # Examples are halved where there are few batches; then the two numbers are one.
+    few = reference.staleness(synthetic_stats(shapes, profile=energy, n_batches=2, per_batch=4))
+    assert few.local.basis == "examples"
+    assert few.more_examples == few.more_needed
