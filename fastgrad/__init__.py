@@ -28,6 +28,7 @@ _PUBLIC = {
     "Partial": "partial",
     "PrivateNorms": "privacy",
     "Probe": "probe",
+    "ProxyReport": "proxy_report",
     "Reselection": "reselection_schedule",
     "Selection": "selection",
     "ShardReader": "stats_shards",
@@ -48,6 +49,7 @@ _PUBLIC = {
     "plan_flops": "flops",
     "plan_memory": "planner",
     "private_norms": "privacy",
+    "proxy_quality": "proxy",
     "save_delta": "delta",
     "select": "choosing",
     "select_jointly": "jointly",
@@ -106,6 +108,8 @@ if TYPE_CHECKING:
     from fastgrad.privacy import PrivateNorms as PrivateNorms
     from fastgrad.privacy import private_norms as private_norms
     from fastgrad.probe import Probe as Probe
+    from fastgrad.proxy import proxy_quality as proxy_quality
+    from fastgrad.proxy_report import ProxyReport as ProxyReport
     from fastgrad.reselection_schedule import Reselection as Reselection
     from fastgrad.resources import CostModel as CostModel
     from fastgrad.resources import k_star as k_star

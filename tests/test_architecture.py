@@ -68,6 +68,8 @@ RANKS: list[set[str]] = [
      "plots_blueprint", "plots_staleness", "plots_tail", "reselection_schedule", "model_card"},
     {"held_out", "blueprint_schedule", "measuring", "measuring_together", "blueprint_log",
      "online"},
+    {"curvature", "proxy_report"},
+    {"proxy"},
     {"clipping"},
     {"privacy"},
     {"integrations"},
