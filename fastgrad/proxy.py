@@ -246,13 +246,15 @@ class _Bench:
         for p in self.own.values():
             p.requires_grad_(p is wanted)  # the stand-ins: nothing to put back outside
         try:
-            optimizer = torch.optim.AdamW([wanted], lr=rate, weight_decay=0.0)
+            # the same memory without the marks of a suspended partial model
+            bare = nn.Parameter(wanted.detach())
+            optimizer = torch.optim.AdamW([bare], lr=rate, weight_decay=0.0)
             for batch in islice(_over_and_over(self.train), steps):
                 value = self.loss(self.model, batch)
                 if value.requires_grad:
                     value.backward()
+                bare.grad, wanted.grad = wanted.grad, None
                 optimizer.step()
-                optimizer.zero_grad()
         finally:
             self._forget()
             for p in self.own.values():
