@@ -263,6 +263,19 @@ def partial_step() -> str:
     return "\n".join(lines)
 
 
+def experiment(name: str) -> Callable[[], str]:
+    """Table and figure of ``bench/experiments/<name>.py``."""
+
+    def section() -> str:
+        table = (RESULTS / "experiments" / f"{name}.md").read_text().strip()
+        return f"{table}\n\n![{name}](../bench/results/experiments/{name}.png)"
+
+    return section
+
+
+# Those with committed results; docs/findings.md has a section of each.
+EXPERIMENTS = ("transfer",)
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "quickstart": quickstart, "peers": peers_in_short, "step-overhead": step_overhead,
@@ -270,6 +283,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/train.md": {
         "peers": peers, "optimizer-step": optimizer_step, "partial-step": partial_step,
     },
+    "docs/findings.md": {name: experiment(name) for name in EXPERIMENTS},
     "docs/blueprint.md": {"minilm": minilm_report.section},
     "docs/kernels.md": {
         "gpu-gate": gpu_gate,

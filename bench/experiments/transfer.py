@@ -181,11 +181,13 @@ def draw(record: Mapping[str, Any]) -> Any:
             ax.plot(c["mean"], y, "o", color=colour, ms=6)
             if r["key"] in d["staleness"]:
                 ax.annotate(d["staleness"][r["key"]]["verdict"], (c["mean"], y), xytext=(0, 7),
-                            textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+                            textcoords="offset points", ha="center", fontsize=8,
+                            bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
         ax.axvline(0, color=GREY, lw=1, ls="--")
         ax.set(yticks=range(len(rows)), yticklabels=[LABELS[r["key"]] for r in reversed(rows)],
                ylim=(-0.5, len(rows) - 0.3), title=f"adapted to {d['domain']}",
                xlabel="held-out loss less that of the local choice")  # fmt: skip
+        ax.locator_params(axis="x", nbins=6)
     open_axes(*axes)
     return figure
 
