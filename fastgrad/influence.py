@@ -30,6 +30,8 @@ from fastgrad.interaction import Independence, Spectrum, independence, log_influ
 from fastgrad.mass import MassMatrix
 from fastgrad.multiplicativity import (
     FRACTIONS,
+    MIN_BOOTSTRAP,
+    TOLERANCE,
     Multiplicativity,
     drawn_again,
     multiplicativity,
@@ -38,7 +40,7 @@ from fastgrad.multiplicativity import (
 from fastgrad.stats import GradientStats, Scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Margin:
     """How mass spreads over the blocks, or over the examples.
 
@@ -56,7 +58,7 @@ class Margin:
     tail: TailFit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Meeting:
     """Whether the blocks that are hot over all examples are hot on the hot examples too.
 
@@ -65,9 +67,13 @@ class Meeting:
         ratio: S(k, q) by the product of its margins, see
             :class:`fastgrad.multiplicativity.Multiplicativity`.
         interval: its bootstrap interval, over examples.
-        correlation: Spearman's, between the mass of an example and the share of it in hot blocks.
+        correlation: Spearman's, between the mass of an example and the ratio of its mass in hot
+            blocks to that in all others; 0 if each has the same profile. Where the noise of the
+            hot blocks is larger than that of the others it is above 0 by itself: the mass contains
+            them.
         correlation_interval: its bootstrap interval.
-        warning: in words, where the interval of the ratio lies below 1; else empty.
+        warning: in words, where the interval of the ratio lies below 1 by more than
+            :data:`fastgrad.multiplicativity.TOLERANCE`; else empty.
     """
 
     parameters: float
@@ -79,17 +85,19 @@ class Meeting:
     warning: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stability:
-    """What another sample of as many examples would give: bootstrap over examples.
+    """How much rests on these examples; each with a median and an interval.
 
     Attributes:
-        block_ranks: Spearman correlation of the blocks' mass with that of all examples; median
-            and interval.
-        top_blocks: overlap (Jaccard) of the densest blocks that hold a fifth of the parameters.
-        gamma, delta: exponents of both margins.
+        block_ranks: Spearman correlation of the blocks' mass between random halves of the
+            examples. Two samples as large as this one agree more than its halves.
+        top_blocks: overlap (Jaccard), between halves, of the densest blocks that hold a fifth of
+            the parameters.
+        gamma, delta: exponents of both margins, resampled over examples. Of few examples the
+            resampled delta lies above that of new samples: a heavy one may be missing.
         participation: how many patterns share ``T``, see :class:`fastgrad.interaction.Spectrum`;
-            NaN where the matrix is too large for all its singular values.
+            resampled alike; NaN where the matrix is too large for all its singular values.
     """
 
     block_ranks: tuple[float, Interval]
@@ -99,7 +107,7 @@ class Stability:
     participation: tuple[float, Interval]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InfluenceReport:
     """Answers of :func:`influence_report`.
 
@@ -113,7 +121,8 @@ class InfluenceReport:
         independence: None for the same reason.
         multiplicativity: of choosing blocks and examples.
         meeting: of hot blocks and hot examples.
-        stability: over samples of examples.
+        stability: over halves and resamples of the examples.
+        untested: why there is no test of independence; empty if there is one.
     """
 
     n_blocks: int
@@ -128,6 +137,7 @@ class InfluenceReport:
     multiplicativity: Multiplicativity
     meeting: Meeting
     stability: Stability
+    untested: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON; NaN becomes None."""
@@ -142,7 +152,7 @@ class InfluenceReport:
             f"{self.n_blocks} blocks x {self.n_examples} examples, scale {self.scale}"
             + (f"; not known: {len(self.left_out)} parameters" if self.left_out else ""),
             f"blocks: the densest 20% of the parameters hold {_share(b.gamma):.0%} of the squared "
-            f"gradient (gamma {_with(b.gamma.gamma, b.gamma.gamma_interval)}); tail: "
+            f"gradient (gamma {_with(b.gamma.gamma, b.gamma.gamma_interval)} over blocks); tail: "
             f"{b.tail.verdict}, {b.tail.reason}",
             f"examples: the heaviest 20% hold {_share(e.gamma):.0%} (delta "
             f"{_with(e.gamma.gamma, e.gamma.gamma_interval)}); tail: {e.tail.verdict}, "
@@ -156,13 +166,14 @@ class InfluenceReport:
                 f"of the variance of log T; {i.misplaced:.0%} of the mass lies elsewhere than "
                 f"their product says; {i.reason}"
             )
+        else:
+            lines.append(f"independence: not tested: {self.untested}")
         lines += [
             f"multiplicativity: {m.verdict}: {m.reason}",
             f"hot blocks on hot examples: {_with(self.meeting.ratio, self.meeting.interval)} times "
             f"the product; {self.meeting.warning or 'no overestimate found'}",
-            "another sample of examples: ranks of blocks agree to "
-            f"{_with(*stable.block_ranks)}, gamma {_with(*stable.gamma)}, delta "
-            f"{_with(*stable.delta)}",
+            f"halves of the examples: ranks of blocks agree to {_with(*stable.block_ranks)}; "
+            f"resampled over examples: gamma {_with(*stable.gamma)}, delta {_with(*stable.delta)}",
         ]
         return "\n".join(lines)
 
@@ -202,9 +213,12 @@ def influence_report(
         raise StatsError(f"{mass.n_blocks} blocks and {mass.n_examples} examples: an analysis of "
                          "both needs at least 3 of each")
     norms = np.sqrt(mass.in_memory())
-    log_spectrum, test = None, None
-    logs = _logs(mass)
-    if logs is not None:
+    log_spectrum, test, untested = None, None, ""
+    try:
+        logs = log_influence(mass)[0]
+    except StatsError as error:
+        untested = str(error)
+    else:
         centred = logs - logs.mean()
         log_spectrum = spectrum(centred, seed) if np.any(centred) else None
         test = independence(mass, n_permutations, seed)
@@ -222,14 +236,8 @@ def influence_report(
         multiplicativity=multiplicativity(mass, parameters, examples, n_bootstrap, seed),
         meeting=_meeting(mass, hot, n_bootstrap, seed),
         stability=_stability(mass, n_bootstrap, seed),
+        untested=untested,
     )
-
-
-def _logs(mass: MassMatrix) -> FloatArray | None:
-    try:
-        return log_influence(mass)[0]
-    except StatsError:
-        return None
 
 
 def _margin(
@@ -250,12 +258,14 @@ def _meeting(
     for rows, part in mass.stretches():
         in_hot += blocks[rows] @ part
     live = mass.by_example > 0
-    weight, share = mass.by_example[live], in_hot[live] / mass.by_example[live]
+    weight = mass.by_example[live]
+    with np.errstate(divide="ignore"):
+        share = in_hot[live] / np.maximum(weight - in_hot[live], 0.0)
     rng = np.random.default_rng(seed)
     drawn = [rng.integers(0, weight.size, weight.size) for _ in range(n_bootstrap)]
     low, high = float(found.ratio_low[0, 0]), float(found.ratio_high[0, 0])
     warning = ""
-    if high < 1:
+    if high < 1 - TOLERANCE and n_bootstrap >= MIN_BOOTSTRAP:
         warning = (
             f"cross-influence overestimated: the {k:.0%} of the parameters and {q:.0%} of the "
             f"examples that are hot on their own hold {found.ratio[0, 0]:.2f} times what the "
@@ -273,7 +283,7 @@ def _meeting(
 
 
 def _spearman(a: FloatArray, b: FloatArray) -> float:
-    if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    if a.size < 2 or (a == a[0]).all() or (b == b[0]).all():
         return 0.0  # equal values have no order to agree about
     return float(spearmanr(a, b).statistic)
 
@@ -283,16 +293,18 @@ def _stability(mass: MassMatrix, n_bootstrap: int, seed: int) -> Stability:
     values = mass.in_memory()
     sizes = mass.sizes.astype(np.float64)
     fifth = np.array([0.2])
-    best = taken(mass.by_block / sizes, sizes, fifth)[0] > 0
     ones = np.ones(mass.n_examples, np.int64)
     ranks, tops, gammas, deltas, participations = [], [], [], [], []
     exact = min(values.shape) <= PARTICIPATION_LIMIT
     for _ in range(n_bootstrap):
+        one = rng.permutation(mass.n_examples) < mass.n_examples // 2
+        first = values[:, one].sum(1, dtype=np.float64)
+        other = np.maximum(mass.by_block - first, 0.0)
+        ranks.append(_spearman(first, other))
+        a, b = (taken(half / sizes, sizes, fifth)[0] > 0 for half in (first, other))
+        tops.append(float((a & b).sum() / (a | b).sum()))
         times = drawn_again(rng, mass.by_example)
         by_block = values @ times
-        ranks.append(_spearman(by_block, mass.by_block))
-        top = taken(by_block / sizes, sizes, fifth)[0] > 0
-        tops.append(float((top & best).sum() / (top | best).sum()))
         gammas.append(fit_gamma(by_block, mass.sizes, n_bootstrap=1).gamma)
         drawn = np.repeat(mass.by_example, times.astype(np.int64))
         deltas.append(fit_gamma(drawn, ones, n_bootstrap=1).gamma)

@@ -23,6 +23,11 @@ RANK = 64
 #: The permutation test looks at no more than this many rows and columns, drawn at random.
 TEST_ROWS, TEST_COLUMNS = 400, 1500
 SIGNIFICANCE = 0.05
+#: Fewer shuffles than this cannot reach ``SIGNIFICANCE``.
+MIN_PERMUTATIONS = 20
+#: A block's noise counts as at least this share of the median block's when blocks are weighed:
+#: otherwise the quietest one alone would say how strong each example is.
+QUIETEST = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +71,11 @@ def spectrum(matrix: FloatArray, seed: int = 0) -> Spectrum:
     Raises:
         StatsError: for a matrix without a finite, non-zero entry.
     """
-    size = float(np.einsum("ij,ij->", matrix, matrix, dtype=np.float64))
-    if not np.isfinite(size) or size == 0.0:
+    largest = float(np.abs(matrix).max())
+    if not np.isfinite(largest) or largest == 0.0:
         raise StatsError("a spectrum needs finite entries that are not all zero")
+    matrix = matrix / largest  # squares of huge and tiny entries stay in range
+    size = float(np.einsum("ij,ij->", matrix, matrix, dtype=np.float64))
     complete = min(matrix.shape) <= EXACT
     if complete:
         # Through the matrix itself, not its square: small singular values keep their digits.
@@ -78,7 +85,7 @@ def spectrum(matrix: FloatArray, seed: int = 0) -> Spectrum:
     sq = values**2
     p = values[values > 0] / values.sum()
     return Spectrum(
-        values=frozen(values),
+        values=frozen(values * largest),
         explained=frozen(np.minimum(np.cumsum(sq) / size, 1.0)),
         stable_rank=size / float(sq[0]),
         participation=size**2 / float((sq**2).sum()) if complete else float("nan"),
@@ -110,13 +117,15 @@ class Independence:
             block, one for each example) explains: R².
         misplaced: share of the squared gradient that would have to move for it to be the outer
             product of its margins (total variation distance), 0 to 1.
-        p_value: of the hypothesis that the rest has no structure: the share of its variance in
-            its leading pattern, against the same after shuffling each block's rest over the
-            examples.
-        leading: that share.
-        verdict: ``structured`` or ``no structure found``.
+        p_value: of the hypothesis that the rest has no structure, from random signs.
+        leading: share of the rest's variance in its leading pattern, each block in units of its
+            own noise.
+        leading_by_chance: median of that under random signs.
+        verdict: ``structured``, ``no structure found``, or ``undecided`` where there were fewer
+            than ``MIN_PERMUTATIONS`` draws.
         reason: in words.
         n_zero: blocks left out of the logarithms, because some example does not touch them.
+        n_idle: examples without any gradient, left out of them too.
         tested: rows and columns that the test looked at.
         n_permutations, seed: of the test.
     """
@@ -125,9 +134,11 @@ class Independence:
     misplaced: float
     p_value: float
     leading: float
+    leading_by_chance: float
     verdict: str
     reason: str
     n_zero: int
+    n_idle: int
     tested: tuple[int, int]
     n_permutations: int
     seed: int
@@ -140,79 +151,117 @@ class Independence:
 def independence(mass: MassMatrix, n_permutations: int = 200, seed: int = 0) -> Independence:
     """Test whether examples differ in *where* they pull, and not only in how strongly.
 
-    Under the additive model of ``log T``, the residuals of one block are exchangeable between
-    examples. Shuffling them block by block therefore keeps everything but the patterns that
-    several blocks have in common; the leading squared singular value of the residuals, as a share
-    of all, is compared with what the shuffles give. The test is exact up to the centring, which is
-    repeated after each shuffle.
+    An additive model of ``log T`` is fitted with each block weighed by the inverse variance of its
+    rest, and the rest is divided by its block's standard deviation. Without structure the signs of
+    what remains are those of independent coins, whatever the size of the noise of each block and
+    each example. So random signs, from which the additive part is taken out again, show how large
+    the leading squared singular value is by chance. The test rests on noise that is symmetric on
+    the logarithmic scale.
 
     Args:
         mass: see :class:`fastgrad.mass.MassMatrix`.
-        n_permutations: shuffles, at least 1; the smallest p-value is 1/(n + 1).
-        seed: of the shuffles, and of the rows and columns looked at in a large matrix.
+        n_permutations: draws of signs; the smallest p-value is 1/(n + 1).
+        seed: of the draws, and of the rows and columns looked at in a large matrix.
 
     Raises:
         StatsError: for fewer than 3 blocks that every example touches, or fewer than 3 examples.
     """
     check_bootstrap(n_permutations)
-    logs, n_zero = log_influence(mass)
+    logs, n_zero, n_idle = log_influence(mass)
     total = logs - logs.mean()
-    residual = _centred(logs)
     variance = float((total**2).sum())
     # what is left of a perfect product is rounding, and has no structure
     floor = 1e-20 * max(float((logs**2).sum()), 1.0)
-    left = float((residual**2).sum())
+    left = float((_centred(logs) ** 2).sum())
     rng = np.random.default_rng(seed)
-    rows = np.sort(rng.permutation(len(residual))[:TEST_ROWS])
-    columns = np.sort(rng.permutation(residual.shape[1])[:TEST_COLUMNS])
-    part = _centred(residual[np.ix_(rows, columns)])
-    if left <= floor:
-        leading, p_value = 0.0, 1.0
-    else:
-        leading = _leading_share(part)
-        beyond = sum(
-            _leading_share(_centred(rng.permuted(part, axis=1))) >= leading
+    rows = np.sort(rng.permutation(len(logs))[:TEST_ROWS])
+    columns = np.sort(rng.permutation(logs.shape[1])[:TEST_COLUMNS])
+    leading, p_value, by_chance = 0.0, 1.0, 0.0
+    if left > floor:
+        rest, common = standardised(logs[np.ix_(rows, columns)])
+        leading = _leading_share(rest)
+        draws = np.array([
+            _leading_share(_without(rest * rng.choice((-1.0, 1.0), rest.shape), common))
             for _ in range(n_permutations)
+        ])  # fmt: skip
+        p_value = float((1 + (draws >= leading).sum()) / (n_permutations + 1))
+        by_chance = float(np.median(draws))
+    if n_permutations < MIN_PERMUTATIONS:
+        verdict, reason = "undecided", (
+            f"{n_permutations} draws cannot reach a p-value of {SIGNIFICANCE}; take at least "
+            f"{MIN_PERMUTATIONS}"
         )
-        p_value = (1 + beyond) / (n_permutations + 1)
-    structured = p_value < SIGNIFICANCE
+    elif p_value < SIGNIFICANCE:
+        verdict, reason = "structured", (
+            f"examples differ in where they pull: {leading:.0%} of what one profile leaves over "
+            f"follows one more pattern, {by_chance:.0%} would by chance (p = {p_value:.3f})"
+        )
+    else:
+        verdict, reason = "no structure found", (
+            f"what one profile leaves over looks like chance: {leading:.0%} in one more pattern, "
+            f"{by_chance:.0%} would be there anyway (p = {p_value:.3f})"
+        )
     return Independence(
         explained=1.0 - left / variance if variance > floor else 1.0,
         misplaced=_misplaced(mass),
         p_value=p_value,
         leading=leading,
-        verdict="structured" if structured else "no structure found",
-        reason=(
-            f"examples differ in where they pull: {leading:.0%} of what one profile leaves over "
-            f"follows one more pattern (p = {p_value:.3f})"
-            if structured
-            else f"what one profile leaves over looks like chance (p = {p_value:.3f})"
-        ),
+        leading_by_chance=by_chance,
+        verdict=verdict,
+        reason=reason,
         n_zero=n_zero,
+        n_idle=n_idle,
         tested=(len(rows), len(columns)),
         n_permutations=n_permutations,
         seed=seed,
     )
 
 
-def log_influence(mass: MassMatrix) -> tuple[FloatArray, int]:
-    """``log T`` of the blocks that every example touches, and how many others there are.
+def log_influence(mass: MassMatrix) -> tuple[FloatArray, int, int]:
+    """``log T`` of the blocks that every example with a gradient touches; how many other blocks
+    there are, and how many examples without a gradient.
 
     Raises:
-        StatsError: for fewer than 3 such blocks, or fewer than 3 examples.
+        StatsError: for fewer than 3 such blocks, or fewer than 3 such examples.
     """
-    values = mass.in_memory()
+    live = mass.by_example > 0
+    values = mass.in_memory()[:, live]
     touched = (values > 0).all(1)
-    if touched.sum() < 3 or mass.n_examples < 3:
+    if touched.sum() < 3 or live.sum() < 3:
         raise StatsError(
-            f"{int(touched.sum())} blocks are touched by all of the {mass.n_examples} examples; "
-            "logarithms need 3 of both. Remedy: more examples, or whole parameters as blocks"
+            f"{int(touched.sum())} blocks are touched by all of the {int(live.sum())} examples "
+            "that have a gradient; logarithms need 3 of both. Remedy: whole parameters as blocks, "
+            "or more examples"
         )
-    return 0.5 * np.log(values[touched].astype(np.float64)), int((~touched).sum())
+    logs = 0.5 * np.log(values[touched].astype(np.float64))
+    return logs, int((~touched).sum()), int((~live).sum())
 
 
 def _centred(x: FloatArray) -> FloatArray:
     return x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
+
+
+def standardised(logs: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """What an additive model weighed by inverse variances leaves over, each row in units of its
+    noise, ``[R, E]``; and the unit vector ``[R]`` along which the fit left nothing."""
+    weight = np.ones(len(logs))
+    centred = logs - logs.mean(1, keepdims=True)
+    for _ in range(10):
+        share = weight / weight.sum()
+        rest = centred - share @ centred
+        # each row has lost its own share of the common part
+        variance = (rest**2).mean(1) / np.maximum(1.0 - share, 0.1)
+        variance = np.maximum(variance, QUIETEST * np.median(variance))
+        weight = 1.0 / np.maximum(variance, np.finfo(np.float64).tiny)
+    common = np.sqrt(weight)
+    common /= np.linalg.norm(common)
+    return _without(centred * np.sqrt(weight)[:, None], common), common
+
+
+def _without(x: FloatArray, common: FloatArray) -> FloatArray:
+    """Without the rows' means and what lies along ``common`` in each column."""
+    x = x - x.mean(1, keepdims=True)
+    return x - np.outer(common, common @ x)
 
 
 def _leading_share(residual: FloatArray) -> float:
@@ -234,4 +283,11 @@ def _misplaced(mass: MassMatrix) -> float:
     return 0.5 * distance
 
 
-__all__ = ["Independence", "Spectrum", "independence", "log_influence", "spectrum"]
+__all__ = [
+    "Independence",
+    "Spectrum",
+    "independence",
+    "log_influence",
+    "spectrum",
+    "standardised",
+]

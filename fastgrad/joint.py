@@ -87,8 +87,10 @@ class JointChoice:
 
     @property
     def ratio(self) -> float:
-        """S by the product of the two shares; above 1 the two choices fit each other."""
-        return self.share / (self.by_blocks * self.by_examples)
+        """S by the product of the two shares; above 1 the two choices fit each other. NaN if
+        either is zero."""
+        product = self.by_blocks * self.by_examples
+        return self.share / product if product > 0 else math.nan
 
 
 def choose_jointly(
@@ -120,8 +122,9 @@ def choose_jointly(
             fit.
         examples: fraction of the examples, 0 < q <= 1, rounded down to at least one.
         strategy: see above.
-        budget: instead of both fractions: most that the pair may cost. Pairs along a ladder of
-            fractions are tried, and the one with the largest S is taken.
+        budget: instead of both fractions, or of one: most that the pair may cost. Fractions of
+            the parameters along a ladder are tried, each with as many examples as what it takes
+            leaves paid for; of these pairs the one with the largest S is taken.
         cost: what a pair costs, k·q by default.
         groups: ``[E]`` class or source of each example, for ``quotas``.
         quotas: group -> least and most share of the chosen examples that come from it.
@@ -140,19 +143,27 @@ def choose_jointly(
     quota = _Quota(mass.n_examples, groups, quotas)
     pairs = _pairs(parameters, examples, budget, cost)
     seen = _smoothed(mass, rank, seed) if strategy == "low_rank" else mass
-    best: JointChoice | None = None
+    if budget is None:
+        return _choose(mass, seen, *pairs[0], strategy, quota, cost, total)
+    best, why = None, ""
     for k, q in pairs:
         try:
             found = _choose(mass, seen, k, q, strategy, quota, cost, total)
-        except SelectionError:
-            if len(pairs) == 1:
-                raise
-            continue  # a step of the ladder that no block or quota fits
-        if best is None or found.share > best.share:
+            more = _affordable(found.parameters, budget, cost)
+            if examples is None and int(more * mass.n_examples) > found.examples.sum():
+                # blocks are taken whole: what they left of k pays for more examples
+                again = _choose(mass, seen, k, more, strategy, quota, cost, total)
+                found = again if again.cost <= budget * (1 + 1e-12) else found
+        except SelectionError as error:  # a step of the ladder that no block or quota fits
+            why = str(error)
+            continue
+        if found.cost > budget * (1 + 1e-12):
+            why = f"one example with the smallest of these blocks costs {found.cost:g}"
+        elif best is None or found.share > best.share:
             best = found
     if best is None:
-        raise SelectionError(f"the budget {budget:g} buys no block and example together. Remedy: a "
-                             "larger budget, finer blocks or looser quotas")
+        raise SelectionError(f"the budget {budget:g} buys no block and example together: {why}. "
+                             "Remedy: a larger budget, finer blocks or looser quotas")
     return best
 
 
@@ -178,7 +189,7 @@ def _pairs(
     for k in ks:  # for each k the largest q that the budget pays for, and the ladder's own
         dearest = _affordable(k, budget, cost)
         if examples is None and dearest > 0:
-            found.append((k, min(dearest, 1.0)))
+            found.append((k, dearest))
         found += [(k, q) for q in qs if examples is not None and q <= dearest]
     if not found:
         raise SelectionError(f"the budget {budget:g} is below the cost of the smallest choice, "
@@ -236,6 +247,9 @@ def _choose(
         examples, blocks = again, blocks_again
     _, blocks, examples = kept
     score = mass.on_blocks(blocks)
+    if not score[examples].any():
+        raise SelectionError("the blocks that fit have no gradient on any example that was chosen. "
+                             "Remedy: a larger fraction of the parameters, or finer blocks")
     whole = float(mass.by_block.sum())
     taken = float(mass.sizes[blocks].sum()) / total
     return JointChoice(

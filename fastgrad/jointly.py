@@ -74,6 +74,8 @@ class JointSelection:
         import torch
         from torch.utils.data import WeightedRandomSampler
 
+        if num_samples is not None and num_samples < 1:
+            raise SelectionError(f"num_samples is a number of rows, 1 or more; got {num_samples}")
         self._require_rows(len(dataset))
         if not self.scores.any():
             raise SelectionError("no chosen example has any gradient in the chosen blocks")
@@ -86,6 +88,11 @@ class JointSelection:
         )
 
     def _require_rows(self, n: int) -> None:
+        if len(np.unique(self.example_ids)) != self.example_ids.size:
+            raise SelectionError(
+                "an example was measured more than once, so its id stands for several scores. "
+                "Remedy: measure each example once, or merge statistics with ids of their own"
+            )
         outside = self.example_ids[(self.example_ids < 0) | (self.example_ids >= n)]
         if outside.size:
             raise SelectionError(
@@ -149,6 +156,8 @@ def select_jointly(
         raise SelectionError("of the parameters that may be chosen, no influence is known. Remedy: "
                              "see stats.coverage")
     if not keep.all():
+        if not mass.by_block[keep].sum():
+            raise SelectionError("the parameters that may be chosen have no gradient at all")
         mass = replace(
             mass,
             values=mass.values[keep],

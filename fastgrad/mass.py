@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgrad.concentration import FloatArray, IntArray
+from fastgrad.concentration import FloatArray, IntArray, frozen
 from fastgrad.errors import StatsError
 from fastgrad.stats import GradientStats, Scale
 
@@ -59,11 +59,16 @@ class NpyRows:
         return int(self.shape[0])
 
     def __getitem__(self, rows: slice) -> npt.NDArray[np.floating]:
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            raise StatsError(f"{self.path} is read in stretches of rows, not by {rows!r}")
         first, last, _ = rows.indices(self.shape[0])
         columns = self.shape[1]
         count = max(0, last - first) * columns
         start = self._start + first * columns * self.dtype.itemsize
-        return np.fromfile(self.path, self.dtype, count, offset=start).reshape(-1, columns)
+        found = np.fromfile(self.path, self.dtype, count, offset=start)
+        if found.size != count:
+            raise StatsError(f"{self.path} became shorter while it was read")
+        return found.reshape(-1, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +92,20 @@ class MassMatrix:
     example_ids: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     left_out: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for rows, part in self.stretches():
+            fine = np.isfinite(part.sum(1, dtype=np.float64)) & (part.min(1) >= 0)
+            if not fine.all():
+                name = self.names[rows.start + int(np.flatnonzero(~fine)[0])]
+                raise StatsError(f"{name}: influence must be finite and not negative. Remedy: "
+                                 "leave out the examples whose gradient is NaN or infinite")
+        total = float(self.by_block.sum())
+        if not total:
+            raise StatsError("there is no influence at all: every gradient is zero")
+        if not np.isfinite(total):
+            raise StatsError("the sum of all influence overflows. Remedy: divide the values by the "
+                             "largest of them; only shares matter")
+
     @classmethod
     def of(
         cls,
@@ -108,6 +127,8 @@ class MassMatrix:
                 is NaN, infinite or negative.
         """
         v: Any = values if isinstance(values, NpyRows) else np.asarray(values)
+        if v.dtype.kind not in "fiub":
+            raise StatsError(f"values must be real numbers, got {v.dtype}")
         if v.dtype not in (np.float32, np.float64):
             v = v.astype(np.float64)
         if len(v.shape) != 2 or 0 in v.shape:
@@ -124,7 +145,7 @@ class MassMatrix:
         if not np.issubdtype(ids.dtype, np.integer):
             raise StatsError(f"example_ids are whole numbers, got {ids.dtype}")
         numbers = np.zeros(rows, np.int64)
-        return cls(v, n.astype(np.int64), labels, numbers, ids.astype(np.int64))._checked()
+        return cls(v, n.astype(np.int64), labels, numbers, ids.astype(np.int64))
 
     @classmethod
     def from_stats(
@@ -161,7 +182,7 @@ class MassMatrix:
         left_out = [n for n, k, size in zip(stats.names, known, stats.numel, strict=True)
                     if not k and size]  # fmt: skip
         return cls(np.concatenate(parts), np.concatenate(sizes), names, np.concatenate(numbers),
-                   stats.example_ids, tuple(left_out))._checked()  # fmt: skip
+                   stats.example_ids, tuple(left_out))  # fmt: skip
 
     @property
     def n_blocks(self) -> int:
@@ -194,7 +215,7 @@ class MassMatrix:
         for rows, part in self.stretches():
             by_block[rows] = part.sum(1, dtype=np.float64)
             by_example += part.sum(0, dtype=np.float64)
-        return by_block, by_example
+        return frozen(by_block), frozen(by_example)
 
     def on_examples(self, chosen: npt.NDArray[np.bool_]) -> FloatArray:
         """``[R]`` mass of each block on these examples, ``[E]``."""
@@ -218,17 +239,6 @@ class MassMatrix:
     def in_memory(self) -> npt.NDArray[np.floating]:
         """``values`` as an array."""
         return self.values if isinstance(self.values, np.ndarray) else self.values[:]
-
-    def _checked(self) -> MassMatrix:
-        for rows, part in self.stretches():
-            fine = np.isfinite(part.sum(1, dtype=np.float64)) & (part.min(1) >= 0)
-            if not fine.all():
-                name = self.names[rows.start + int(np.flatnonzero(~fine)[0])]
-                raise StatsError(f"{name}: influence must be finite and not negative. Remedy: "
-                                 "leave out the examples whose gradient is NaN or infinite")
-        if not self.by_block.sum():
-            raise StatsError("there is no influence at all: every gradient is zero")
-        return self
 
 
 __all__ = ["MassMatrix", "NpyRows"]

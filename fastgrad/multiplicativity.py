@@ -29,6 +29,8 @@ from fastgrad.mass import MassMatrix
 #: difference of a twentieth does not change a decision.
 TOLERANCE = 0.05
 FRACTIONS = (0.05, 0.1, 0.2, 0.5)
+#: Intervals from fewer resamples than this carry no verdict.
+MIN_BOOTSTRAP = 50
 
 MultiplicityVerdict = Literal["multiplicative", "less", "more", "mixed", "undecided"]
 
@@ -51,7 +53,8 @@ class Multiplicativity:
         power_deviation: largest ``|S(k, q) - k^gamma q^delta|`` over the grid, in share of mass.
         verdict: ``multiplicative`` (every interval of the ratio lies within ``TOLERANCE`` of 1),
             ``less`` / ``more`` (some lie wholly below / above 1 by more than that and none on the
-            other side), ``mixed`` (both), ``undecided`` (the intervals are too wide to say).
+            other side), ``mixed`` (both), ``undecided`` (the intervals are too wide to say, or
+            from fewer than ``MIN_BOOTSTRAP`` resamples).
         reason: the verdict in words.
         n_bootstrap, seed: of the intervals.
     """
@@ -120,6 +123,9 @@ def multiplicativity(
     gamma = fit_gamma(mass.by_block, mass.sizes, n_bootstrap=1).gamma
     delta = fit_gamma(mass.by_example, np.ones(mass.n_examples, np.int64), n_bootstrap=1).gamma
     verdict, reason = _judge(k, q, ratio, low, high)
+    if n_bootstrap < MIN_BOOTSTRAP:
+        verdict = "undecided"
+        reason = f"{n_bootstrap} resamples make no interval; take at least {MIN_BOOTSTRAP}"
     share_low, share_high = bounds(shares)
     return Multiplicativity(
         parameters=frozen(k), examples=frozen(q), share=frozen(share),
@@ -132,7 +138,7 @@ def multiplicativity(
 
 
 def _fractions(what: str, given: Sequence[float]) -> FloatArray:
-    fractions = np.asarray(given, dtype=np.float64)
+    fractions = np.array(given, dtype=np.float64)  # a copy: the caller's stays writable
     if fractions.ndim != 1 or not fractions.size or not ((fractions > 0) & (fractions < 1)).all():
         raise StatsError(f"{what} must hold fractions strictly between 0 and 1; got {given!r}")
     return fractions

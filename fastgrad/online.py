@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -65,15 +66,16 @@ class BatchChooser:
         params: name patterns (``fnmatch``) of the parameters whose gradients count; all by default.
         targets: target direction for ``alignment`` and ``cosine``, see :class:`fastgrad.Probe`;
             assign to :attr:`targets` to renew it.
-        similarity: pass over near-duplicates, see :func:`fastgrad.diverse_top`; needs at least 3
-            parameters that every candidate touches.
+        similarity: pass over near-duplicates, see :func:`fastgrad.diverse_top`; needs at least
+            :data:`fastgrad.scores.MIN_BLOCKS` parameters that every candidate touches.
         largest: False takes the lowest scores, as a control.
         partial: what is trained, if the model is partial.
         loss: ``(model, batch) -> loss``; by default the one that a transformers model returns.
         loss_reduction: see :class:`fastgrad.Probe`.
 
     Raises:
-        ProbeError: for a share outside its range or a pattern that matches nothing.
+        ProbeError: for a share or similarity outside its range, an unknown score or one without
+            the direction it needs, or a pattern that matches nothing.
     """
 
     def __init__(
@@ -92,6 +94,14 @@ class BatchChooser:
     ) -> None:
         if isinstance(share, bool) or not 0 < share <= 1:
             raise ProbeError(f"share is a fraction of the candidates in (0, 1], got {share!r}")
+        if by not in ("norm", "alignment", "cosine"):
+            raise ProbeError(f"unknown score {by!r}; use norm, alignment or cosine")
+        if by != "norm" and targets is None:
+            raise ProbeError(f"by={by!r} needs a target direction. Remedy: targets=...")
+        if similarity is not None and not 0 < similarity <= 1:
+            raise ProbeError(f"similarity must lie in (0, 1], got {similarity}")
+        if isinstance(params, str):
+            raise ProbeError(f"params is a list of patterns; write [{params!r}]")
         self.model, self.share, self.by = model, float(share), by
         self.params = list(params) if params is not None else None
         self.targets, self.similarity, self.largest = targets, similarity, largest
@@ -111,7 +121,8 @@ class BatchChooser:
             NonFiniteGradientError: if a gradient is NaN or infinite.
         """
         scores, features = self._scores(batch)
-        count = max(1, int(self.share * scores.size))
+        # as the decimal number that was written: 0.29 of 100 rows is 29
+        count = max(1, int(Fraction(repr(self.share)) * scores.size))
         wanted = scores if self.largest else -scores
         if features is not None and self.similarity is not None:
             rows = diverse_top(wanted, features, count, self.similarity)
@@ -145,14 +156,16 @@ class BatchChooser:
 
 
 def take_rows(batch: Any, rows: IntArray, n: int) -> Any:
-    """Rows of a batch of ``n``: of every tensor, array and list in it that has a row for each.
+    """Rows of a batch of ``n``: of every tensor and array that has a row for each, and of lists
+    and tuples of ``n`` entries inside a mapping or sequence (texts, say, or a tensor a row). A
+    sequence of arrays that have ``n`` rows each, and the batch itself, is one of fields.
 
     Raises:
         FastgradError: if nothing in it has ``n`` rows.
     """
     found = False
 
-    def take(value: Any) -> Any:
+    def take(value: Any, outer: bool = False) -> Any:
         nonlocal found
         if isinstance(value, Tensor | np.ndarray):
             if value.ndim == 0 or len(value) != n:
@@ -162,14 +175,17 @@ def take_rows(batch: Any, rows: IntArray, n: int) -> Any:
             return value[index]
         if isinstance(value, Mapping):
             return {k: take(v) for k, v in value.items()}
-        if isinstance(value, list) and len(value) == n and not isinstance(value[0], Tensor):
-            found = True
-            return [value[i] for i in rows.tolist()]
         if isinstance(value, tuple | list):
-            return type(value)(take(v) for v in value)
+            fields = all(isinstance(v, Tensor | np.ndarray) and v.ndim and len(v) == n
+                         for v in value)  # fmt: skip
+            if not outer and len(value) == n and not fields:
+                found = True
+                return type(value)([value[i] for i in rows.tolist()])
+            parts = [take(v) for v in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         return value
 
-    taken = take(batch)
+    taken = take(batch, outer=True)
     if not found:
         raise FastgradError(f"the model saw {n} examples, and nothing in the batch has as many "
                             "rows. Remedy: batches with the examples in the leading dimension")

@@ -19,6 +19,8 @@ Score = Literal["norm", "alignment", "cosine"]
 
 #: Examples compared with those already chosen at a time.
 STRETCH = 256
+#: Of fewer blocks than this the profiles of unrelated examples are often nearly parallel.
+MIN_BLOCKS = 8
 
 
 def example_scores(
@@ -62,6 +64,8 @@ def example_scores(
     if scale is None:
         known_scale = not np.isnan(stats.mean_factor).any() and not stats.meta.get("mixes_examples")
         scale = "example_mean" if known_scale else "contribution"
+    if isinstance(include, str):
+        raise StatsError(f"include is a list of patterns; write [{include!r}]")
     influence = stats.influence(scale)
     rows = np.asarray(~np.isnan(influence).any(1))
     for pattern in include or ():
@@ -105,14 +109,25 @@ def _aligned(stats: GradientStats, direction: str | None) -> FloatArray:
 def profiles(stats: GradientStats, scale: Scale = "contribution") -> FloatArray:
     """``[E, R]``: where each example pulls, apart from how strongly: what is left of ``log T``
     after one number for each block and one for each example. Copies of an example have the same
-    profile; unrelated examples have profiles that are about orthogonal.
+    profile; unrelated examples have profiles that are about orthogonal, the more blocks the
+    closer. An example without any gradient has a profile of zeros.
 
     Raises:
-        StatsError: for fewer than 3 blocks that every example touches, or fewer than 3 examples.
+        StatsError: for fewer than ``MIN_BLOCKS`` blocks that every example with a gradient
+            touches, or fewer than 3 such examples.
     """
-    logs, _ = log_influence(MassMatrix.from_stats(stats, scale))
+    mass = MassMatrix.from_stats(stats, scale)
+    logs, _, _ = log_influence(mass)
+    if len(logs) < MIN_BLOCKS:
+        raise StatsError(
+            f"{len(logs)} blocks make no profile: unrelated examples would look alike by chance. "
+            f"Remedy: at least {MIN_BLOCKS} blocks that every example touches, as rows or tiles "
+            "are, or features of your own"
+        )
     rest = logs - logs.mean(0) - logs.mean(1, keepdims=True) + logs.mean()
-    return np.ascontiguousarray(rest.T)
+    found = np.zeros((mass.n_examples, len(logs)))
+    found[mass.by_example > 0] = rest.T
+    return found
 
 
 def diverse_top(
@@ -143,11 +158,14 @@ def diverse_top(
         raise StatsError(f"scores {s.shape} and features {f.shape}: [E] and [E, F] are needed")
     if not (np.isfinite(s).all() and np.isfinite(f).all()):
         raise StatsError("scores and features must be finite")
-    if isinstance(count, bool) or not 1 <= count <= s.size:
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not whole or not 1 <= count <= s.size:
         raise StatsError(f"count must lie in 1..{s.size}, got {count!r}")
     if not 0 < similarity <= 1:
         raise StatsError(f"similarity must lie in (0, 1], got {similarity}")
     limit = similarity - 1e-9  # a copy has cosine 1 only to rounding
+    largest = np.abs(f).max(1, keepdims=True)  # squares of huge and tiny features stay in range
+    f = np.divide(f, largest, out=np.zeros_like(f), where=largest > 0)
     unit = _by_norm(f, np.sqrt((f**2).sum(1, keepdims=True)) + np.zeros_like(f))
     order = np.argsort(-s, kind="stable")
     taken = np.empty((count, f.shape[1]))

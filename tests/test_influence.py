@@ -227,15 +227,85 @@ def test_the_randomised_spectrum_agrees_and_says_what_it_does_not_know(monkeypat
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_p_values_under_independence_are_uniform():
-    found = []
+@pytest.mark.parametrize("rows", [3, 6, 12])
+@pytest.mark.parametrize(("by_row", "by_column"), [(0, 0), (1, 0), (0, 1), (1, 0.5)])
+def test_independence_is_not_rejected_whatever_the_noise(rows, by_row, by_column):
+    """Noise that differs between blocks, and between examples, is no structure."""
+    rejected = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        noise = rng.lognormal(0, 0.5, (12, 40))
-        values = np.outer(rng.lognormal(0, 1, 12), rng.lognormal(0, 1, 40)) * noise
-        found.append(independence(MassMatrix.of(values), 60, seed).p_value)
-    assert sum(p < 0.05 for p in found) <= 8  # binomial(60, 0.05): more has probability 0.005
-    assert 0.35 < np.mean(found) < 0.65
+        size = np.exp(by_row * rng.normal(size=(rows, 1)) + by_column * rng.normal(size=(1, 60)))
+        logs = rng.normal(0, 1.5, (rows, 1)) + rng.normal(0, 1, (1, 60))
+        logs = logs + 0.3 * size * rng.normal(size=(rows, 60))
+        rejected += independence(MassMatrix.of(np.exp(2 * logs)), 40, seed).p_value < 0.05
+    assert rejected <= 8  # binomial(60, 0.05): more has probability 0.005
+
+
+def test_few_draws_give_no_verdict():
+    rng, r, c = heavy(8, 30)
+    values = np.outer(r, c) * rng.lognormal(0, 0.3, (8, 30))
+    assert independence(MassMatrix.of(values), 19).verdict == "undecided"
+    assert multiplicativity(MassMatrix.of(values), n_bootstrap=49).verdict == "undecided"
+    report = influence_report(MassMatrix.of(values), n_bootstrap=5, n_permutations=5)
+    assert report.meeting.warning == ""
+
+
+def test_an_example_without_gradient_is_counted_and_hides_nothing():
+    rng, r, c = heavy(12, 60)
+    values = np.outer(r, c) * rng.lognormal(0, 0.3, (12, 60))
+    without = independence(MassMatrix.of(values), 30)
+    values = np.insert(values, 7, 0, axis=1)
+    found = independence(MassMatrix.of(values), 30)
+    assert found.n_idle == 1
+    assert found.p_value == without.p_value
+    values[:, :10] = 0
+    values[:10, 20] = 0
+    report = influence_report(MassMatrix.of(values), n_bootstrap=5, n_permutations=20)
+    assert report.independence is None
+    assert "touched by all" in report.untested
+    assert "not tested" in report.summary()
+
+
+def test_no_agreement_is_reported_where_there_is_none():
+    """Blocks that are all alike: what one half ranks first the other does not."""
+    a = np.random.default_rng(0).lognormal(0, 1, (200, 100))
+    found = influence_report(MassMatrix.of(a), n_bootstrap=60, n_permutations=20).stability
+    assert abs(found.block_ranks[0]) < 0.15
+    assert found.top_blocks[0] < 0.25
+
+
+def test_huge_and_tiny_entries_keep_their_spectrum():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(6, 9))
+    want = spectrum(matrix)
+    for factor in (1e200, 1e-200):
+        found = spectrum(matrix * factor)
+        np.testing.assert_allclose(found.values, want.values * factor, rtol=1e-10)
+        np.testing.assert_allclose(found.explained, want.explained, rtol=1e-10)
+    with pytest.raises(StatsError, match="overflows"):
+        MassMatrix.of(np.full((5, 9), 1.7e307))
+    with pytest.raises(StatsError, match="real numbers"):
+        MassMatrix.of(np.ones((3, 3)) * 1j)
+
+
+def test_nobody_s_arrays_are_shared():
+    fractions = np.array([0.1, 0.2])
+    mass = MassMatrix.of(np.random.default_rng(0).random((5, 20)))
+    multiplicativity(mass, fractions, n_bootstrap=5)
+    fractions[0] = 0.3
+    with pytest.raises(ValueError, match="read-only"):
+        mass.by_block[0] = 0
+
+
+def test_a_file_that_shrinks_is_noticed(tmp_path):
+    np.save(tmp_path / "m.npy", np.ones((6, 4)))
+    rows = NpyRows(tmp_path / "m.npy")
+    data = (tmp_path / "m.npy").read_bytes()
+    (tmp_path / "m.npy").write_bytes(data[:-40])
+    with pytest.raises(StatsError, match="shorter"):
+        rows[:]
+    with pytest.raises(StatsError, match="stretches"):
+        rows[::2]
 
 
 def test_a_second_pattern_is_found():
@@ -277,7 +347,7 @@ def test_the_report_is_json_and_words_and_the_same_each_time():
     text = json.dumps(first.to_dict(), allow_nan=False, sort_keys=True)
     assert text == json.dumps(again.to_dict(), allow_nan=False, sort_keys=True)
     words = first.summary()
-    for word in ("blocks", "examples", "independence", "multiplicativity", "another sample"):
+    for word in ("blocks", "examples", "independence", "multiplicativity", "halves of"):
         assert word in words
     assert first.scale == "contribution"
     assert first.examples.mass == pytest.approx(MassMatrix.from_stats(stats).by_example)

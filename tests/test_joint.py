@@ -85,6 +85,9 @@ def test_sizes_count_and_the_fraction_is_never_exceeded():
     assert choose_jointly(mass, 0.1, 0.5, n_parameters=1000).parameters == pytest.approx(0.1)
     with pytest.raises(SelectionError, match="empty"):
         choose_jointly(mass, 0.01, 0.5)
+    dead = MassMatrix.of(np.array([[1.0, 1], [0, 0]]), sizes=[90, 10])
+    with pytest.raises(SelectionError, match="no gradient"):
+        choose_jointly(dead, 0.1, 0.5)
 
 
 def test_a_matrix_in_a_file_gives_the_same(tmp_path, monkeypatch):
@@ -113,6 +116,16 @@ def test_a_budget_is_kept_and_spent_where_it_pays():
     for k, q in itertools.product((0.1, 0.25, 0.5, 1.0), (0.1, 0.2, 0.4, 0.6)):
         if cost.cost(k, q) <= 0.45:
             assert choose_jointly(mass, k, q).share <= found.share + 0.02
+    coarse = MassMatrix.of(np.vstack([np.full((1, 100), 5.0), np.ones((1, 100))]), sizes=[26, 74])
+    spent = choose_jointly(coarse, budget=0.2)  # a quarter of the parameters: more examples fit
+    assert spent.parameters == pytest.approx(0.26)
+    assert spent.examples.sum() == 76
+    assert spent.cost <= 0.2
+    for small in (1e-3, 1e-6):
+        with pytest.raises(SelectionError, match="buys no block and example"):
+            choose_jointly(mass, budget=small)
+        with pytest.raises(SelectionError, match="buys no block and example"):
+            choose_jointly(mass, budget=small, parameters=0.5)
     held = choose_jointly(mass, budget=0.5, cost=cost, examples=0.2)
     assert held.examples.mean() == pytest.approx(0.2)
     held = choose_jointly(mass, budget=0.5, cost=cost, parameters=0.25)
@@ -254,6 +267,15 @@ def test_the_sampler_draws_chosen_rows_alone():
         chosen.subset(torch.utils.data.TensorDataset(x[:5], y[:5]))
 
 
+def test_ids_that_stand_for_several_examples_are_refused():
+    model, x, y, stats = setting()
+    stats.example_ids[:] = 3
+    stats.running_ids = False
+    chosen = fg.select_jointly(stats, 0.3, 0.25, model=model)
+    with pytest.raises(SelectionError, match="more than once"):
+        chosen.subset(torch.utils.data.TensorDataset(x, y))
+
+
 def test_a_dataset_of_the_hub_kind_is_selected_from():
     datasets = pytest.importorskip("datasets")
     model, *_, stats = setting()
@@ -310,6 +332,10 @@ def test_scores_say_what_is_missing():
         example_scores(stats, "alignment")
     with pytest.raises(StatsError, match="matches no parameter"):
         example_scores(stats, include=["nothing"])
+    with pytest.raises(StatsError, match="list of patterns"):
+        example_scores(stats, include="*weight")
+    with pytest.raises(StatsError, match="make no profile"):
+        profiles(stats)
 
 
 def test_copies_do_not_fill_the_set():
@@ -348,6 +374,15 @@ def test_diverse_top_against_its_definition(seed, count):
             assert diverse_top(scores, features, count).tolist() == want
         finally:
             module.STRETCH = before
+
+
+def test_copies_are_copies_at_any_size():
+    features = np.array([[1.0, 2], [2, -1], [1, 2]])
+    for factor in (1.0, 1e160, 1e-165):
+        assert diverse_top([3, 2, 1], features * factor, 2).tolist() == [0, 1]
+        assert diverse_top([3, 1, 2], features * factor, 2).tolist() == [0, 1]
+    with pytest.raises(StatsError, match="count"):
+        diverse_top([3, 2, 1], features, 2.0)
 
 
 def test_diverse_top_refuses_what_makes_no_sense():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 import pytest
 import torch
@@ -112,6 +114,7 @@ def test_copies_are_passed_over():
     x, y = torch.randn(12, 8), torch.randint(0, 4, (12,))
     x[4:8], y[4:8] = x[0], y[0]
     rows = BatchChooser(model, 0.5, loss=loss, similarity=0.99).choose((x, y)).rows
+    assert len(rows) == 6
     assert sum(r in (0, 4, 5, 6, 7) for r in rows.tolist()) <= 1
 
 
@@ -131,8 +134,37 @@ def test_a_transformers_batch():
     assert found.batch["names"] == [batch["names"][i] for i in found.rows.tolist()]
 
 
+def test_every_field_of_a_batch_is_cut_alike():
+    x, names = torch.arange(4), ("a", "b", "c", "d")
+    rows = np.array([3, 1])
+    assert take_rows((x, names), rows, 4)[1] == ("d", "b")
+    assert take_rows({"x": x, "names": list(names)}, rows, 4)["names"] == ["d", "b"]
+    assert [int(t) for t in take_rows({"x": list(x)}, rows, 4)["x"]] == [3, 1]
+    two = take_rows([x[:2].numpy(), x[2:]], np.array([1]), 2)
+    assert len(two) == 2
+    assert (two[0].tolist(), two[1].tolist()) == ([1], [3])
+    nested = take_rows({"pair": (x[:2], x[2:])}, np.array([1]), 2)["pair"]
+    assert [t.tolist() for t in nested] == [[1], [3]]
+    Pair = collections.namedtuple("Pair", "left right")
+    assert take_rows(Pair(x, x + 1), rows, 4).right.tolist() == [4, 2]
+
+
+def test_a_share_is_the_decimal_that_was_written():
+    model, *_ = setting()
+    x, y = torch.randn(100, 8), torch.randint(0, 4, (100,))
+    assert len(BatchChooser(model, 0.29, loss=loss).choose((x, y)).rows) == 29
+
+
 def test_what_cannot_be_is_refused():
     model, x, y = setting()
+    with pytest.raises(ProbeError, match="unknown score"):
+        BatchChooser(model, by="best")
+    with pytest.raises(ProbeError, match="target direction"):
+        BatchChooser(model, by="alignment")
+    with pytest.raises(ProbeError, match="similarity"):
+        BatchChooser(model, similarity=7)
+    with pytest.raises(ProbeError, match="list of patterns"):
+        BatchChooser(model, params="3.*")
     for share in (0, 1.5, True):
         with pytest.raises(ProbeError, match="share"):
             BatchChooser(model, share)
