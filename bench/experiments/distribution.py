@@ -28,7 +28,7 @@ from fastgrad.measuring import measure
 from fastgrad.stats import GradientStats
 
 PAPER = (1.0, 2.0)
-BOOTSTRAP = 200
+BOOTSTRAP = 100
 SEED = 0
 PAIRS, TOKENS, BATCHES = 16, 64, 8  # of MiniLM's sample: pairs in a batch, tokens, batches
 POPULATIONS = ("submodules", "matrices", "rows", "tiles")
@@ -151,8 +151,9 @@ def table(record: Mapping[str, Any]) -> str:
     lines += [
         "",
         "Rank exponent: maximum likelihood above the threshold of least KS distance, with the 95 % "
-        f"bootstrap interval ({BOOTSTRAP} resamples, seed {SEED}). Verdict: is the tail a power "
-        "law; too few: under 50 values in it. In (1, 2): yes or no where the whole interval lies "
+        f"bootstrap interval ({record['bootstrap']} resamples, seed {record['sample_seed']}). "
+        "Verdict: is the tail a power law; too few: under 50 values in it. In (1, 2): yes or no "
+        "where the whole interval lies "
         "inside or outside, else open. Log-log slope: least squares over all ranks, biased, for "
         "comparison with published claims. Best 20 %: share of the squared gradient in the densest "
         "fifth of the parameters of this population. Matrices, rows and tiles: of weights with two "
