@@ -36,6 +36,7 @@ _PUBLIC = {
     "SparseAdamW": "optim",
     "TrainingState": "sharded",
     "adam_preconditioned": "directions",
+    "compare_meters": "meter_compare",
     "diverse_top": "scores",
     "example_scores": "scores",
     "gather": "distributed",
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from fastgrad.jointly import select_jointly as select_jointly
     from fastgrad.mass import MassMatrix as MassMatrix
     from fastgrad.meter import Meter as Meter
+    from fastgrad.meter_compare import compare_meters as compare_meters
     from fastgrad.online import BatchChooser as BatchChooser
     from fastgrad.optim import SparseAdamW as SparseAdamW
     from fastgrad.partial import Partial as Partial

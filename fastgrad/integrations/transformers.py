@@ -21,6 +21,7 @@ except ImportError as error:
 
 from fastgrad.integrations.trainer_blueprint import BlueprintCallback, Measurement
 from fastgrad.integrations.trainer_in_backward import StepInBackwardCallback
+from fastgrad.integrations.trainer_meter import MeterCallback
 from fastgrad.integrations.trainer_optimizer import SparseAdamWFactory, sparse_adamw
 from fastgrad.integrations.trainer_reselection import ReselectionCallback
 from fastgrad.measuring import measure, untouched
@@ -28,6 +29,7 @@ from fastgrad.measuring import measure, untouched
 __all__ = [
     "BlueprintCallback",
     "Measurement",
+    "MeterCallback",
     "ReselectionCallback",
     "SparseAdamWFactory",
     "StepInBackwardCallback",
