@@ -274,7 +274,7 @@ def experiment(name: str) -> Callable[[], str]:
 
 
 # Those with committed results; docs/findings.md has a section of each.
-EXPERIMENTS = ("distribution", "transfer", "joint")
+EXPERIMENTS = ("distribution", "partial_update", "transfer", "joint")
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
