@@ -295,4 +295,9 @@ def _package(module: str, package: str, extra: str) -> Any:
     try:
         return sys.modules.get(module) or importlib.import_module(module)
     except ImportError as error:
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise ResourceError(
+                f"the package {package!r} is installed and lacks one that it needs: {error}. "
+                f"Remedy: pip install 'fastgrad[{extra}]'"
+            ) from error
         raise MissingExtraError(package, extra) from error

@@ -50,7 +50,7 @@ def packages(monkeypatch):
     class Refuse:
         def find_spec(self, name, path=None, target=None):
             if name.split(".")[0] in ("pynvml", "zeus", "codecarbon"):
-                raise ImportError(name)
+                raise ImportError(name, name=name)
 
     for name in [*sys.modules]:
         if name.split(".")[0] in ("pynvml", "zeus", "codecarbon"):
@@ -142,6 +142,14 @@ def test_packages_that_are_missing_are_named_with_their_extra(packages, powercap
     source, mode = meter_energy.energy_source("auto", torch.device("cuda:0"))
     assert source is not None
     assert mode.startswith("measured (RAPL, whole machine: package-0; the GPU is not included: ")
+
+
+def test_a_package_that_lacks_another_says_which(monkeypatch, tmp_path):
+    (tmp_path / "codecarbon.py").write_text("import a_package_that_nobody_has")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "codecarbon", raising=False)
+    with pytest.raises(ResourceError, match=r"lacks one.*a_package_that_nobody_has"):
+        plain(energy="codecarbon")
 
 
 class Properties:

@@ -10,10 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from fastgrad.errors import FastgradError
+from fastgrad.errors import FastgradError, ResourceError
 from fastgrad.integrations.transformers import MeterCallback, sparse_adamw
+from fastgrad.meter_processes import over_processes
 from tests.meters import Clock, plain
 from tests.models import llama, randomised
+from tests.processes import launch
 from tests.training_runs import STEPS, Rows, arguments_of, logged, trainer
 
 
@@ -241,3 +243,26 @@ def test_one_of_several_evaluation_sets(tmp_path):
     run.eval_dataset = {"train": Rows(n=4), "valid": Rows(n=5)}
     run.train()
     assert [-c.psi for c in callback.meter.checks] == logged(run, "eval_valid_loss")
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_add_up(tmp_path):
+    launch("tests.meter_worker", tmp_path)
+    first, second = (json.loads((tmp_path / f"result-{r}.json").read_text()) for r in (0, 1))
+    assert first["stopped_at"] == second["stopped_at"] == 8
+    assert first["would_stop"]
+    assert not second["would_stop"]
+    assert first["sessions"] == [{"from_step": 0, "process": 0, "processes": 2}]
+    assert second["log"] == "None"
+    for result in (first, second):
+        assert result["processes"] == 2
+        assert result["together"]["seconds"] == first["together"]["seconds"] == 8.0
+        assert result["together"]["flops"] == first["spent"]["flops"] + second["spent"]["flops"]
+        assert "once for each" in result["left_out"]["cpu_seconds"]
+        assert "[8, 9] steps" in result["refused"]
+    assert json.loads((tmp_path / "m.json").read_text())["steps"] == 8
+
+
+def test_without_processes_there_is_nothing_to_add_up():
+    with pytest.raises(ResourceError, match="not running"):
+        over_processes(plain())
