@@ -90,8 +90,8 @@ class Curvature:
         Args:
             name: of the parameter.
             share: of a mean eigenvalue.
-            of: ``block``: of the parameter's own approximation, as kronfluence does it. ``model``:
-                of the diagonals of all parameters, the same value for all.
+            of: ``model``: of the diagonals of all parameters, the same value for all. ``block``:
+                of the parameter's own approximation.
             kind: ``fisher`` or ``kfac``.
         """
         if of == "model":

@@ -47,7 +47,7 @@ def proxy_quality(
     *,
     loss: Loss = own_loss,
     damping: float = 0.1,
-    damping_of: DampingOf = "block",
+    damping_of: DampingOf = "model",
     rate: float | None = None,
     adam_rate: float = 1e-3,
     steps: int = 4,
@@ -85,8 +85,9 @@ def proxy_quality(
         heldout: other batches, to measure on.
         loss: ``(model, batch) -> loss``, a mean over examples or tokens.
         damping: share of a mean eigenvalue that is added to the Fisher matrices, over 0.
-        damping_of: whose eigenvalue: the parameter's own (``block``, as kronfluence does), or that
-            of the whole ``model``'s diagonal.
+        damping_of: whose eigenvalue: that of the whole ``model``'s diagonal, so that all blocks
+            get the same damping, as in Martens and Grosse; or each parameter's own (``block``, as
+            in kronfluence), which takes the size of its gradient out of the score.
         rate: of the plain gradient step; by default the one at which a step of all parameters
             together lowers the loss over ``batches`` most, to a factor of two.
         adam_rate, steps: of AdamW.

@@ -140,7 +140,8 @@ class ProxyReport:
             f"{len(self.names)} parameters, each trained alone from a held-out loss of "
             f"{self.loss:.4f}: one gradient step at rate {self.rate:.3g}, and {self.steps} AdamW "
             f"steps at {self.adam_rate:.3g}. Second order from {self.n_examples} examples, damping "
-            f"{self.damping:g} of the mean eigenvalue of each {self.damping_of}."
+            f"{self.damping:g} of the mean eigenvalue of "
+            + {"model": "the whole model.", "block": "each block."}[self.damping_of]
         ]
         for effect in EFFECTS:
             found = self.correlation("norm", effect), self.correlation("norm", effect, True)
