@@ -206,6 +206,13 @@ def refuse_domain(blueprint: Blueprint, other: Blueprint, present: Sequence[Meas
             f"the blueprint was made for weights {a.weights_hash}, the other domain measured on "
             f"{b.weights_hash}. Remedy: measure both on the same weights"
         )
+    for one in (blueprint, other):
+        if one.file.privacy.mechanism != "none":
+            raise BlueprintError(
+                f"{', '.join(one.domain_tags) or 'one domain'} is a private release, and a file of "
+                "several domains would show one guarantee for all of them. Remedy: a file of its "
+                "own for each private release"
+            )
     shapes = dict(zip(blueprint.names, blueprint.shapes, strict=True))
     for name, shape in zip(other.names, other.shapes, strict=True):
         if shapes.get(name, shape) != shape:

@@ -221,11 +221,12 @@ def _covered(stats: GradientStats) -> Array:
 
 
 def _check_alone(model: nn.Module, batches: Iterable[Any], loss: ExampleLosses) -> None:
-    """The losses of one batch are those of its examples alone.
+    """The losses of each batch are those of its examples alone, without their padding.
 
     The probe reports where activations of examples meet. It cannot see what a loss takes from the
     other examples' raw data (targets that serve as each other's negatives), nor inside a custom
-    autograd function. This sees both.
+    autograd function; and padding to the longest row of a batch lets one example move all others,
+    where the model counts positions from the padding on. This sees all three.
     """
     device = next(model.parameters()).device
     for batch in batches:
@@ -233,8 +234,6 @@ def _check_alone(model: nn.Module, batches: Iterable[Any], loss: ExampleLosses) 
         with torch.no_grad():
             together = _losses(loss(model, batch))
             n = together.numel()
-            if n < 2:
-                continue  # perhaps the next batch holds more
             try:
                 alone = torch.cat([_losses(loss(model, _only(batch, j, n))) for j in range(n)])
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
@@ -247,22 +246,31 @@ def _check_alone(model: nn.Module, batches: Iterable[Any], loss: ExampleLosses) 
             )
         near = (alone - together).abs() <= _ALONE * together.abs().clamp(min=1.0)
         if not bool(near.all()):
-            j = int((~near).nonzero()[0])
             raise CoverageError(
-                f"examples meet, or are random: the loss of example {j} alone is {alone[j]:.6g}, "
-                f"in its batch {together[j]:.6g}. What one example changes is then not bounded by "
-                "cutting each one's gradient. Remedy: a loss that is a sum over examples, and no "
-                "randomness in the model"
+                "examples meet, or are random: the loss of an example alone and without padding "
+                "is not the one it has in its batch. What one example changes is then not bounded "
+                "by cutting each one's gradient. Remedy: a loss that is a sum over examples, no "
+                "randomness in the model, and padding that changes nothing: on the right, or on the "
+                "left with position_ids and no label for a row's first token"
             )
-        return
 
 
 def _only(batch: Any, j: int, n: int) -> Any:
-    """Example ``j`` of a batch of ``n``: a batch of one."""
+    """Example ``j`` of a batch of ``n``: a batch of one, without the places that its
+    ``attention_mask`` leaves out."""
     if isinstance(batch, Tensor):
         return batch[j : j + 1] if batch.ndim and batch.shape[0] == n else batch
     if isinstance(batch, Mapping):
-        return {k: _only(v, j, n) for k, v in batch.items()}
+        mask = batch.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != n:
+            return {k: _only(v, j, n) for k, v in batch.items()}
+        inside = mask[j] != 0
+        return {
+            k: v[j : j + 1, inside]
+            if isinstance(v, Tensor) and v.shape[:2] == mask.shape
+            else _only(v, j, n)
+            for k, v in batch.items()
+        }
     if type(batch) in (tuple, list):
         return type(batch)(_only(v, j, n) for v in batch)
     return batch

@@ -91,7 +91,8 @@ class PrivateNorms:
     def statement(self) -> str:
         """The guarantee in words."""
         return (
-            f"({self.epsilon:.4g}, {self.delta:.3g})-differential privacy for one example: "
+            f"({_upwards(self.epsilon)}, {_upwards(self.delta)})-differential privacy for one "
+            "example (a row, whatever the other rows are): "
             f"{_MEANING[self.adjacency]}. Each example's gradient of all measured parameters was "
             f"cut to {self.clip:g} and their sum divided by n = {self.n}; the norms of all "
             "submodules were released once, with Gaussian noise. All numbers on the gradient are "
@@ -131,6 +132,13 @@ class PrivateNorms:
         """
         if isinstance(domain_tags, str):
             raise BlueprintError(f"domain_tags is a list; write [{domain_tags!r}]")
+        sizes = [d for d in datasets if not isinstance(d, str) and d.get("n_examples") is not None]
+        if sizes and self.adjacency == "add_or_remove_one":
+            raise BlueprintError(
+                "the size of a data set is a secret under adjacency='add_or_remove_one', and "
+                f"{sizes[0].get('name')!r} tells it. Remedy: leave n_examples out, or "
+                "adjacency='replace_one'"
+            )
         if not (self.values > self.noise_std).any():
             raise BlueprintError(
                 f"no submodule's norm rises above the noise of {self.noise_std:.3g}. Remedy: more "
@@ -231,7 +239,10 @@ def private_norms(
 
     Reads the data twice: for the norm of each example's gradient of the whole model, and for the
     sum of the gradients cut to ``clip``. What is protected is one example, a row of a batch; a
-    person of whom there are several is protected that much less.
+    person of whom there are several is protected that much less. Rows have to be made one by one:
+    where one text decides where the next one is cut (packed or chunked documents), changing it
+    changes many rows. Padding must change nothing, which is checked for every example that has an
+    ``attention_mask``.
 
     Args:
         model: with weights in float32 or float64. In evaluation mode meanwhile; nothing about it
@@ -242,7 +253,8 @@ def private_norms(
             public data.
         n: number of examples, known to everyone. It is what sums are divided by; nothing is ever
             divided by a number that depends on the data.
-        delta: above 0 and below 1/n.
+        delta: above 0 and below 1/n; under ``add_or_remove_one`` it has to lie below one by the
+            true number of examples too, which is not looked at, for a refusal would tell it.
         epsilon: the guarantee that is wanted; the noise follows from it.
         noise_multiplier: instead of ``epsilon``: standard deviation of the noise by sensitivity.
         adjacency: which data sets are neighbours. ``replace_one``: one of the n examples is another
@@ -288,6 +300,12 @@ def private_norms(
         accountant=accountant,
         about=_about(model, exact.stats.meta),
     )
+
+
+def _upwards(x: float, digits: int = 4) -> str:
+    """A bound in words is never below the bound."""
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(x)))
+    return f"{math.ceil(x * scale - 1e-9) / scale:.{digits}g}"
 
 
 def noised(values: Array, std: float, generator: random.Random) -> Array:

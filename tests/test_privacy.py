@@ -363,7 +363,7 @@ def test_a_file_depends_on_the_data_through_the_noised_norms_alone(monkeypatch):
     texts = set()
     for batches in (
         [batch_of(6, seed=1)],
-        [batch_of(2, tokens=t, padding="left", seed=t) for t in (7, 9, 11)],
+        [batch_of(2, tokens=t, padding="right", seed=t) for t in (7, 9, 11)],
         [dead],
     ):
         found = fg.private_norms(model, batches, clip=1.0, n=6, delta=1e-3,
@@ -558,7 +558,9 @@ def test_what_ranks_cannot_do_is_refused():
         coarse.coarse("ranks")
     with pytest.raises(BlueprintError, match="use ranks or deciles"):
         full.coarse("quartiles")
-    two = full.with_domain(fg.Blueprint.from_stats(probe.stats(), domain_tags=["b"], model=model))
+    one, other = (fg.Blueprint.from_stats(probe.stats(), domain_tags=[tag], model=model)
+                  for tag in "ab")  # fmt: skip
+    two = one.with_domain(other)
     with pytest.raises(BlueprintError, match="several domains"):
         two.coarse("ranks")
     with pytest.raises(SelectionError, match=r"no k\* for .memory.; it has none"):
@@ -631,9 +633,9 @@ DATA = torch.randn(8, 3, generator=torch.Generator().manual_seed(4)), torch.rand
     [
         (Normalised, squared, PrivacyError, "cannot be computed without its batch"),
         (Net, contrastive, CoverageError, "examples meet"),
-        (Net, targets_as_negatives, CoverageError, r"alone is .*, in its batch"),
+        (Net, targets_as_negatives, CoverageError, r"alone and without padding"),
         (Net, weighted_by_the_others, CoverageError, "examples meet"),
-        (Secretly, squared, CoverageError, r"alone is .*, in its batch"),
+        (Secretly, squared, CoverageError, r"alone and without padding"),
         (Dropping, squared, CoverageError, "examples meet, or are random"),
         (Net, lambda m, b: squared(m, b).mean(), PrivacyError, r"returned \(\)"),
         (Net, lambda m, b: squared(m, b).tolist(), PrivacyError, "returned list"),
@@ -756,3 +758,49 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(MissingExtraError, match=r"fastgrad\[privacy\]"):
         release(Net(), DATA)
+
+
+def test_padding_that_moves_other_examples_is_refused():
+    """Left padding without position ids: the longest row decides where the others' positions
+    begin, so replacing it would change every gradient."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=40, n_positions=64, n_embd=16, n_layer=1, n_head=2,
+                                     initializer_range=0.5)  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+
+    def batch(left, positions=False):
+        ids, mask = torch.randint(1, 40, (6, 12)), torch.ones(6, 12, dtype=torch.long)
+        mask[1:, :6] = 0
+        if not left:
+            mask = mask.flip(1)
+        labels = ids.masked_fill(mask == 0, -100)
+        made = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if positions:
+            made["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+            made["labels"][mask.cumsum(1) == 1] = -100  # it would be guessed from padding
+        return made
+
+    options = {"clip": 1.0, "n": 6, "delta": 1e-3, "noise_multiplier": 1.0}
+    with pytest.raises(CoverageError, match="without padding"):
+        fg.private_norms(model, [batch(left=True)], **options)
+    fg.private_norms(model, [batch(left=False)], **options)
+    fg.private_norms(model, [batch(left=True, positions=True)], **options)
+
+
+def test_what_would_hide_or_tell_too_much_is_refused():
+    data = torch.randn(64, 3), 9 * torch.randn(64, 2)
+    found = release(Net(), data, adjacency="add_or_remove_one")
+    with pytest.raises(BlueprintError, match="secret"):
+        found.blueprint(datasets=[{"name": "chats", "n_examples": 8}])
+    private = found.blueprint(domain_tags=["a"], n_bootstrap=5)
+    other = release(Net(), data).blueprint(domain_tags=["b"], n_bootstrap=5)
+    with pytest.raises(BlueprintError, match="private release"):
+        private.with_domain(other)
+
+
+def test_words_never_promise_more_than_the_numbers():
+    from fastgrad.privacy import _upwards
+
+    for x in (9.99726, 0.123449, 1.0, 2.0001, 3e-7, 12345.678):
+        assert x * (1 - 1e-8) <= float(_upwards(x)) <= x * 1.001 + 1e-12
