@@ -159,6 +159,29 @@ def agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }  # fmt: skip
 
 
+def within_kinds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean rank correlation within the kinds of parameters that have 5 or more, over kinds (by
+    their number of parameters) and samples of the first domain."""
+    own = [r for r in rows if r["domain"] == rows[0]["domain"]]
+    kinds = np.array(own[0]["kinds"])
+    large = [k for k in KINDS if (kinds == k).sum() >= 5]
+    found = []
+    for score in SCORES:
+        for outcome in OUTCOMES:
+            values, weights = [], []
+            for r in own:
+                s = np.array(r["scores"][score], dtype=np.float64)
+                e = np.array(r["effects"][outcome])
+                for kind in large:
+                    at = (kinds == kind) & np.isfinite(s)
+                    if at.any():
+                        values.append(rank_correlation(s[at], e[at]))
+                        weights.append(int(at.sum()))
+            found.append({"score": score, "outcome": outcome, "kinds": large,
+                          "value": float(np.average(values, weights=weights)) if values else None})
+    return found
+
+
 LABELS = {"norm": "gradient norm (per element: rms)", "rms": "rms", "abs": "sum of absolute values",
           "fisher": "diagonal Fisher", "kfac": "Kronecker-factored Fisher",
           "alignment": "alignment with the held-out gradient", "size": "size of the block"}
@@ -206,6 +229,20 @@ def table(record: Mapping[str, Any]) -> str:
             " Two samples agree about the effects themselves to " + ", ".join(
                 f"{v:.2f} ({OUTCOMES[o]})" for o, v in record["agreement"].items()) + "."
         )),
+        "",
+        f"Within kinds of parameters ({'; '.join(record['within_kinds'][0]['kinds'])}), "
+        f"{common.DOMAINS[0]}, mean:",
+        "",
+        "| score | " + " | ".join(OUTCOMES.values()) + " |",
+        "|:--|" + "--:|" * len(OUTCOMES),
+        *(
+            f"| {LABELS[s]} | " + " | ".join(
+                "–" if c["value"] is None else f"{c['value']:.2f}"
+                for o in OUTCOMES for c in record["within_kinds"]
+                if (c["score"], c["outcome"]) == (s, o)
+            ) + " |"
+            for s in SCORES if s != "rms"
+        ),
         "",
         f"Damping of the second-order scores, {common.DOMAINS[0]}:",
         "",
@@ -303,7 +340,8 @@ def main(argv: Sequence[str] | None = None) -> None:
               "adamw_long": {"rate": LONG_RATE, "steps": LONG_STEPS},
               "explained": {**SCORES, **EFFECTS, "adamw_long": OUTCOMES["adamw_long"]},
               "correlations": correlations(rows), "dampings": dampings(rows),
-              "agreement": agreement(rows), "rows": rows, "seconds": clock()}  # fmt: skip
+              "within_kinds": within_kinds(rows), "agreement": agreement(rows), "rows": rows,
+              "seconds": clock()}  # fmt: skip
     common.write(ask, record, table, draw)
 
 
