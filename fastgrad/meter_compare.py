@@ -16,12 +16,16 @@ from fastgrad.errors import FastgradError, ResourceError
 from fastgrad.meter import UNITS, Meter
 from fastgrad.meter_log import Check, mode_kind, read_file, read_state
 from fastgrad.plots import ArmPoint, pareto_plot
-from fastgrad.plots_base import BLACK, COLOURS, new_figure, open_axes
+from fastgrad.plots_base import COLOURS, matplotlib_module, new_figure, open_axes
 
 #: Resources in words, for axes and columns; of the peak it is what was held.
 NAMES = {
     "seconds": "wall time", "cpu_seconds": "processor time", "flops": "operations",
     "joules": "energy", "traffic_bytes": "bytes moved", "peak_bytes": "peak memory",
+}  # fmt: skip
+_PER = {
+    "seconds": "s", "cpu_seconds": "cpu s", "flops": "FLOP", "joules": "J",
+    "traffic_bytes": "B moved", "peak_bytes": "B held",
 }  # fmt: skip
 
 
@@ -89,7 +93,7 @@ class MeterComparison:
         names = [n for n in UNITS if any(n in a.spent for a in self.arms)]
         heads = ["arm", "first", "last", "gain"]
         for name in names:
-            heads += [f"{NAMES[name]} ({UNITS[name]})", f"gain per {UNITS[name]}"]
+            heads += [f"{NAMES[name]} ({UNITS[name]})", f"gain per {_PER[name]}"]
         table = [heads]
         for arm in self.arms:
             row = [arm.arm, f"{arm.first:.4g}", f"{arm.last:.4g}", f"{arm.last - arm.first:+.4g}"]
@@ -151,26 +155,30 @@ class MeterComparison:
             FastgradError: if the resource is not compared, with the reason.
             MissingExtraError: without matplotlib.
         """
+        matplotlib_module()
         if resource not in self.fronts:
             raise FastgradError(
                 f"{resource!r} is not compared: {self.not_compared.get(resource, 'unknown')}. "
                 f"Remedy: one of {', '.join(self.fronts) or 'none here'}"
             )
+        from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+
         points = [ArmPoint(a.arm, a.spent[resource], -a.last) for a in self.arms]
         pareto_plot(ax, points, xlabel=f"{NAMES[resource]} ({UNITS[resource]})",
-                    title=f"Gain against {NAMES[resource]}")  # fmt: skip
+                    title=NAMES[resource].capitalize())  # fmt: skip
         for i, arm in enumerate(self.arms):
             path = arm.path.get(resource, [])
-            ax.plot([x for x, _ in path], [-psi for _, psi in path], linewidth=1.2, alpha=0.6,
-                    color=COLOURS[i % len(COLOURS)], zorder=2)  # fmt: skip
+            ax.plot([x for x, _ in path], [-psi for _, psi in path], "--", linewidth=1.0,
+                    alpha=0.7, color=COLOURS[i % len(COLOURS)], zorder=2)  # fmt: skip
+        ax.set_xlim(0, 1.06 * max(p.resource for p in points) or None)
+        ax.xaxis.set_major_formatter(EngFormatter())
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         if loss:
             ax.set_ylabel(ylabel or "loss")
-            return
-        from matplotlib.ticker import FuncFormatter
-
-        ax.invert_yaxis()  # drawn as a loss, and turned over
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{-value:g}"))
-        ax.set_ylabel(ylabel or "figure of merit")
+        else:
+            ax.invert_yaxis()  # drawn as a loss, and turned over
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{-value:g}"))
+            ax.set_ylabel(ylabel or "figure of merit")
 
     def figure(self, resources: Sequence[str] | None = None, *, ylabel: str | None = None,
                loss: bool = True) -> Any:  # fmt: skip
@@ -193,10 +201,11 @@ class MeterComparison:
             self.plot(ax, resource, ylabel=ylabel, loss=loss)
             if ax is not panels[0]:
                 ax.get_legend().remove()
+            if ax not in panels[::columns]:
+                ax.set_ylabel("")
         for ax in panels[len(chosen) :]:
             ax.set_axis_off()
         open_axes(*panels[: len(chosen)])
-        panels[0].get_legend().get_texts()[0].set_color(BLACK)
         return figure
 
 

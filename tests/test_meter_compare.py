@@ -110,6 +110,7 @@ def test_remarks_say_what_a_reader_would_not_see(tmp_path):
     console.print(table)
     text = console.export_text()
     assert "x|y" in text
+    assert "gain per cpu s" in text
     assert "gain per FLOP" not in text  # nobody has operations
     assert "resumed at step 1" in text
 
