@@ -250,8 +250,8 @@ def _check_alone(model: nn.Module, batches: Iterable[Any], loss: ExampleLosses) 
                 "examples meet, or are random: the loss of an example alone and without padding "
                 "is not the one it has in its batch. What one example changes is then not bounded "
                 "by cutting each one's gradient. Remedy: a loss that is a sum over examples, no "
-                "randomness in the model, and padding that changes nothing: on the right, or on the "
-                "left with position_ids and no label for a row's first token"
+                "randomness in the model, and padding that changes nothing: on the right, or on "
+                "the left with position_ids and no label for a row's first token"
             )
 
 

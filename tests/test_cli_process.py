@@ -42,6 +42,15 @@ def run(capsys):
     return call
 
 
+@pytest.fixture(autouse=True)
+def listens():
+    """A shell that runs these tests in its background makes them, and what they start, deaf to
+    Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # -- Ctrl-C --------------------------------------------------------------------------------------
 
 
@@ -56,6 +65,7 @@ def test_ctrl_c_during_a_probe_leaves_nothing_half_written(model_dir, text_file,
          "--rows", "1", "--limit", "7000"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=writer,
         env=os.environ | {"TERM": "xterm", "COLUMNS": "80"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # see listens
     )  # fmt: skip
     os.close(writer)
     shown = b""
