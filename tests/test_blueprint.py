@@ -423,7 +423,7 @@ def _use(blueprint):
         blueprint.blend(synthetic_stats())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_fuzz_changed_values(tmp_path_factory, text, data):
     content = json.loads(text)
@@ -450,7 +450,7 @@ def test_fuzz_changed_values(tmp_path_factory, text, data):
     _use(blueprint)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_fuzz_changed_bytes(tmp_path_factory, text, data):
     raw = bytearray(text.encode())

@@ -261,7 +261,7 @@ def _places(value, path=()):
         yield from _places(child, (*path, key))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_fuzz_a_file_with_everything(tmp_path_factory, plain, data):
     content = json.loads(plain)
@@ -295,7 +295,7 @@ def test_fuzz_a_file_with_everything(tmp_path_factory, plain, data):
                 action(two)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_fuzz_vectors_of_a_domain(tmp_path_factory, plain, data):
     raw = bytearray(save({"0/head.weight": np.arange(7.0)}, {"fastgrad": "{}"}))

@@ -231,6 +231,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_search_runs_few_layers(monkeypatch):
     """Not one run of the model for each candidate."""
     import fastgrad as fg

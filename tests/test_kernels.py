@@ -83,8 +83,8 @@ def test_both_forms_agree_on_tall_tiles(gram, monkeypatch):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("gram", [True, False])
-@pytest.mark.parametrize("lengths", [[40] * 5, [50, 0, 70, 80], [200]])
-@pytest.mark.parametrize("kept", [0.0, 0.15, 0.6, 0.9])
+@pytest.mark.parametrize("lengths", [[40] * 5, [50, 0, 70, 80]])
+@pytest.mark.parametrize("kept", [0.0, 0.15, 0.9])
 def test_rows_of_zeros_are_left_out(lengths, kept, gram, side, monkeypatch):
     """Tokens without a label, and padding: fewer products, the same results."""
     seen = []
