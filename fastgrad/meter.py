@@ -119,9 +119,12 @@ class Meter:
                 f"the stopping rule looks at {self.resource!r}, which is unknown. Remedy: one of "
                 f"{', '.join(UNITS)}"
             )
-        if self.device is None:
-            self.device = f"cuda:{torch.cuda.current_device()}" if _cuda() else "cpu"
-        self._device = torch.device(self.device)
+        #: Else it was chosen here.
+        self.device_given = self.device is not None
+        self._device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self.device = str(self._device)
         self._watched: tuple[nn.Module, Any] | None = None
         self._flops_per_step: float | None = None
         self._step: _Step | None = None
@@ -156,15 +159,18 @@ class Meter:
     def watch(self, model: nn.Module, optimizer: Any) -> None:
         """Estimate the bytes that steps move, see :func:`fastgrad.meter_memory.step_traffic`.
 
-        Before the first step, and again after a restart.
+        Before the first step, and again after a restart. Where the model lies on several devices,
+        the peak and a GPU's energy, which are those of one, are not measured any more.
 
         Args:
             model: the model that is trained; a partial one too.
             optimizer: its optimizer.
 
         Raises:
-            ResourceError: after a step that was not watched.
+            ResourceError: after a step that was not watched, or if the model lies on another
+                device than the meter looks at.
         """
+        self._check_devices(model)
         if self._watched is None:
             if self.steps > self.sessions[-1]["from_step"]:
                 raise ResourceError(
@@ -178,6 +184,21 @@ class Meter:
             else:
                 self._lose("traffic_bytes", self.modes["traffic_bytes"], TRAFFIC)
         self._watched = model, optimizer
+
+    def _check_devices(self, model: nn.Module) -> None:
+        devices = sorted({str(p.device) for p in model.parameters() if not p.is_meta})
+        if len(devices) == 1 and devices != [self.device]:
+            raise ResourceError(
+                f"the model lies on {devices[0]}, and this meter looks at {self.device}. Remedy: "
+                f"Meter(device={devices[0]!r})"
+            )
+        if len(devices) > 1:
+            for name in ("peak_bytes", "joules"):
+                if name in self.spent and (name == "peak_bytes" or "GPU" in self.modes[name]):
+                    self._lose(
+                        name, self.modes[name],
+                        f"not measured, as the model lies on {', '.join(devices)}",
+                    )  # fmt: skip
 
     def recount(self) -> None:
         """Count the operations of the next step anew: the batch's shape, or what is trained, has
@@ -434,7 +455,3 @@ class _Step:
     counter: StepFlops | None
     clock: float
     cpu_clock: float
-
-
-def _cuda() -> bool:
-    return torch.cuda.is_available()

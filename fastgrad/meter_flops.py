@@ -7,6 +7,8 @@ a CPU, products by expert and products with a vector: they are added here, for t
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 import torch
@@ -56,6 +58,12 @@ class StepFlops:
         self.uncounted: tuple[str, ...] = ()
 
     def start(self) -> None:
+        # Compiled code would be met by a mode that it cannot be compiled under, and never be
+        # compiled again; told to run eagerly it is compiled once this has ended.
+        self._stance: Any = contextlib.nullcontext()
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._stance.__enter__()
         self._watch.__enter__()
         self._counter.__enter__()
 
@@ -63,6 +71,7 @@ class StepFlops:
         """The number of operations."""
         self._counter.__exit__(None, None, None)
         self._watch.__exit__(None, None, None)
+        self._stance.__exit__(None, None, None)
         self.uncounted = tuple(sorted(self._watch.found))
         return float(self._counter.get_total_flops())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -158,6 +159,39 @@ def test_the_peak_is_that_of_the_steps(tmp_path):
     with meter.step():
         pass
     assert meter.check(2.0).gain_per["peak_bytes"] == 1.0 / meter.spent["peak_bytes"]
+
+
+def test_on_a_gpu_the_peak_is_that_of_its_allocator(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda d: said.append(f"wait {d}"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda d: said.append(f"reset {d}"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: 7e9)
+    meter = Meter(energy="off", flops="off")
+    assert meter.device == "cuda:1"
+    with meter.step():
+        said.append("step")
+    assert said == ["wait cuda:1", "reset cuda:1", "step", "wait cuda:1"]
+    assert meter.spent["peak_bytes"] == 7e9
+    assert "max_memory_allocated on cuda:1" in meter.modes["peak_bytes"]
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(ResourceError, match=r"lies on cpu.*cuda:1.*Meter\(device='cpu'\)"):
+        meter.watch(layer, torch.optim.SGD(layer.parameters()))
+
+
+def test_of_a_model_on_several_devices_no_peak_is_known():
+    class Spread(torch.nn.Module):
+        def parameters(self, recurse=True):
+            for device in ("cuda:0", "cuda:1"):
+                yield types.SimpleNamespace(device=torch.device(device), is_meta=False)
+
+    meter = plain(resource="peak_bytes", eta=1.0)
+    meter.watch(Spread(), None)
+    assert "peak_bytes" not in meter.spent
+    assert meter.modes["peak_bytes"].endswith("not measured, as the model lies on cuda:0, cuda:1)")
+    with pytest.raises(ResourceError, match="stopping rule"):
+        meter.begin_step()
 
 
 def test_traffic_is_the_formula_of_the_guide():

@@ -135,3 +135,21 @@ def test_a_resumed_run_counts_its_own_first_step(tmp_path):
     with again.step():  # batches of another shape
         torch.ones(8, 8) @ torch.ones(8, 8)
     assert again.spent["flops"] == 128 + 1024
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_a_compiled_model_is_counted_and_compiled_all_the_same():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = torch.compile(nn.Linear(8, 8, bias=False), backend=backend)
+    meter = plain(flops="first")
+    for step in range(3):
+        with meter.step():
+            model(torch.ones(4, 8)).sum().backward()
+        assert len(graphs) == (step > 0)
+    assert meter.spent["flops"] == 3 * 2 * (2 * 4 * 8 * 8)

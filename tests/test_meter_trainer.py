@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastgrad.errors import FastgradError, ResourceError
 from fastgrad.integrations.transformers import MeterCallback, sparse_adamw
+from fastgrad.meter import Meter
 from fastgrad.meter_processes import over_processes
 from tests.meters import Clock, plain
 from tests.models import llama, randomised
@@ -221,9 +222,29 @@ def test_what_cannot_be_done_is_refused(tmp_path):
     run, _ = metered(tmp_path, SLOWING, eval_strategy="no")
     with pytest.raises(FastgradError, match="eval_strategy"):
         run.train()
+    run, _ = metered(tmp_path, SLOWING)
+    run.args._n_gpu = 2
+    args, state = run.args, run.state
+    with pytest.raises(FastgradError, match=r"runs 2 in one.*torchrun"):
+        MeterCallback(plain(), metric="loss").on_train_begin(args, state, run.control)
     run, _ = metered(tmp_path, SLOWING, metric="accuracy")
     with pytest.raises(FastgradError, match=r"no 'eval_accuracy'.*eval_loss"):
         run.train()
+
+
+def test_the_meter_follows_the_trainer_to_its_device_unless_one_was_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    run, callback = metered(tmp_path, SLOWING, meter=Meter(energy="off", flops="off"))
+    assert callback.meter.device == "cuda:0"
+    callback.meter.check(-9.0)
+    monkeypatch.undo()
+    callback.on_train_begin(run.args, run.state, run.control)
+    assert callback.meter.device == "cpu"
+    assert [c.psi for c in callback.meter.checks] == [-9.0]
+    given = MeterCallback(Meter(energy="off", flops="off", device="cuda:1"), metric="loss")
+    with pytest.raises(ResourceError, match=r"lies on cpu.*cuda:1"):
+        given.on_train_begin(run.args, run.state, run.control, run.model, object())
 
 
 def test_a_metric_that_is_no_number_is_no_check(tmp_path):

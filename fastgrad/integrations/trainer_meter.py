@@ -80,13 +80,23 @@ class MeterCallback(TrainerCallback):
                 "the meter's stopping rule is asked at each evaluation, and this Trainer does none "
                 "(eval_strategy='no'). Remedy: eval_strategy='steps', or a Meter without eta"
             )
+        if args.n_gpu > 1:
+            raise FastgradError(
+                f"MeterCallback meters one GPU of each process, and this Trainer runs {args.n_gpu} "
+                "in one (DataParallel). Remedy: torchrun, or CUDA_VISIBLE_DEVICES with one GPU"
+            )
         saved = state.stateful_callbacks.get(_STATE)
         if saved is not None:
-            self.meter = self._anew()
+            self.meter = self._anew(args)
             self.meter.load_state_dict(saved)
             self._say_what_was_lost()
         elif self.meter.steps:  # a second training, or another trial of a search
-            self.meter = self._anew()
+            self.meter = self._anew(args)
+        elif not self.meter.device_given and self.meter.device != str(args.device):
+            # Known only now, under torchrun.
+            checks = self.meter.checks
+            self.meter = self._anew(args)
+            self.meter.checks = checks
         if saved is None and state.global_step:
             self.meter.sessions[-1]["unmetered_steps"] = state.global_step
         if not state.is_world_process_zero:
@@ -94,10 +104,12 @@ class MeterCallback(TrainerCallback):
         if model is not None and optimizer is not None:
             self.meter.watch(model, optimizer)
 
-    def _anew(self) -> Meter:
-        """A meter of the same options that has measured nothing."""
+    def _anew(self, args: Any) -> Meter:
+        """A meter of the same options that has measured nothing, on the Trainer's device unless
+        one was given."""
         fresh: dict[str, Any] = {
-            "checks": [], "steps": 0, "spent": {}, "modes": {}, "sessions": []
+            "checks": [], "steps": 0, "spent": {}, "modes": {}, "sessions": [],
+            "device": self.meter.device if self.meter.device_given else str(args.device),
         }  # fmt: skip
         return dataclasses.replace(self.meter, **fresh)
 
