@@ -28,8 +28,9 @@ DampingOf = Literal["block", "model"]
 
 #: Longest side of a Kronecker factor by default: a float32 matrix of 64 MiB.
 FACTOR_LIMIT = 4096
-# How far the product of what a linear layer read and got back may be from autograd's gradient.
-_EXPLAINED = 1e-3
+# How far the product of what a linear layer read and got back may be from autograd's gradient, in
+# parts of it: this much, and under autocast as many roundings of what was read.
+_EXPLAINED, _ROUNDINGS = 1e-3, 4
 
 
 @dataclass
@@ -122,12 +123,13 @@ def _divided(gradient: Tensor, values: Tensor, damping: float) -> float:
 
 
 class _Read(NamedTuple):
-    """Of one linear layer: activations ``[tokens, in]``, output gradients ``[tokens, out]``, and
-    whether the weight is stored ``[in, out]``."""
+    """Of a linear layer: activations ``[tokens, in]``, output gradients ``[tokens, out]``, whether
+    the weight is stored ``[in, out]``, and the relative rounding of the product."""
 
     activations: Tensor
     gradients: Tensor
     transposed: bool
+    rounding: float
 
 
 class _Reads(TorchFunctionMode):
@@ -154,7 +156,9 @@ class _Reads(TorchFunctionMode):
     def _keep(self, name: str, x: Tensor, transposed: bool) -> Callable[[Tensor], None]:
         def arrived(grad: Tensor) -> None:
             a, g = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, grad))
-            self.seen.setdefault(name, []).append(_Read(a, g, transposed))
+            self.seen.setdefault(name, []).append(
+                _Read(a, g, transposed, torch.finfo(grad.dtype).eps)
+            )
 
         return arrived
 
@@ -201,7 +205,7 @@ class _Gatherer:
                 self.reasons[name] = reason
                 self.sums.pop(name, None)
                 continue
-            a, g, transposed = reads[0]
+            a, g, transposed, _ = reads[0]
             live = (g != 0).any(1)
             a, g = a[live], g[live]
             if name not in self.sums:
@@ -220,10 +224,11 @@ class _Gatherer:
         if max(p.shape) > self.limit:
             return (f"a factor of side {max(p.shape)} is larger than factor_limit={self.limit}. "
                     "Remedy: a larger limit, if memory allows")  # fmt: skip
-        a, g, transposed = reads[0]
+        a, g, transposed, rounding = reads[0]
         assert p.grad is not None
         off = torch.linalg.norm((a.T @ g if transposed else g.T @ a) - p.grad.float())
-        if float(off) > _EXPLAINED * float(torch.linalg.norm(p.grad.float())):
+        allowed = max(_EXPLAINED, _ROUNDINGS * rounding)
+        if float(off) > allowed * float(torch.linalg.norm(p.grad.float())):
             return "it is used elsewhere too, as tied weights are"
         return ""
 

@@ -233,6 +233,22 @@ def test_what_has_no_factors_is_named_with_the_reason():
     assert found.score("never.weight", torch.zeros(6, 6), 0.1, "block", "fisher") == 0.0
 
 
+def test_autocast_is_no_other_use():
+    torch.manual_seed(0)
+    model = Odd()
+
+    def loss(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(model, batch)
+
+    found, exact = curvature_of(model, data(), loss), curvature_of(model, data())
+    assert set(found.factors) == {"fine.weight"}
+    assert "elsewhere too" in found.reasons["tied.weight"]
+    for side in ("left", "right"):
+        a, b = (getattr(f.factors["fine.weight"], side) for f in (found, exact))
+        assert float((a - b).norm() / b.norm()) < 0.02
+
+
 # -- effects -----------------------------------------------------------------------------
 
 
