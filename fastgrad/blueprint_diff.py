@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastgrad.blocks import in_words
+from fastgrad.printable import printable
 from fastgrad.staleness import (
     JACCARD_TOLERANCE,
     SPEARMAN_TOLERANCE,
@@ -178,7 +179,7 @@ class BlueprintDiff:
                 f"{c.rank_one:>4} -> {c.rank_other:>3}"
                 for c in shown
             ]
-        return "\n".join(lines)
+        return "\n".join(printable(line) for line in lines)
 
     def __str__(self) -> str:
         return self.text()
@@ -189,11 +190,12 @@ class BlueprintDiff:
 
         colour = {"identical": "green", "agree": "green", "unknown": "yellow"}
         yield Text.assemble((self.verdict, f"bold {colour.get(self.verdict, 'red')}"),
-                            f": {self.reason}")  # fmt: skip
+                            f": {printable(self.reason)}")  # fmt: skip
         if self.provenance:
             table = Table("what differs", "first", "second", "about")
             for d in self.provenance:
-                table.add_row(*(Text(t) for t in (d.field, _short(d.one), _short(d.other), d.kind)))
+                cells = (d.field, _short(d.one), _short(d.other), d.kind)
+                table.add_row(*(Text(printable(cell)) for cell in cells))
             yield table
         if self.spearman is not None:
             table = Table("", "Spearman", "weighted tau", "top 20 %")
@@ -209,7 +211,7 @@ class BlueprintDiff:
             table = Table("largest changes", "first", "second", "change", "z", "ranks")
             for c in shown:
                 table.add_row(
-                    Text(c.name), f"{c.one:.1%}", f"{c.other:.1%}", f"{c.change:+.1%}",
+                    Text(printable(c.name)), f"{c.one:.1%}", f"{c.other:.1%}", f"{c.change:+.1%}",
                     "-" if c.z is None else f"{c.z:+.1f}", f"{c.rank_one} -> {c.rank_other}",
                 )  # fmt: skip
             yield table

@@ -206,12 +206,15 @@ def _k_stars(
     found = {}
     for resource, cost in costs.items():
         best = k_star(gamma, cost, options.over_aggressive_share)
+        measured = curve.share_at(best.value)
         found[resource] = best.to_dict() | {
+            # The fitted curve may keep more or less than the measured one, which is known here.
+            "over_aggressive": measured < options.over_aggressive_share,
             "unit": cost.unit,
             "mass": "squared_norm",
             "granularity": granularity,
             "tokens_per_step": tokens if resource == "flops" and resource not in given else None,
-            "curve_share": curve.share_at(best.value),
+            "curve_share": measured,
             "paper": _paper(rank_exponent, cost, curve),
         }
     return found

@@ -18,6 +18,7 @@ from fastgrad.blueprint_strict_json import (
     MAX_BYTES,
     MAX_DEPTH,
     canonical_json,
+    check_text,
     finite_or_none,
     parse_json,
 )
@@ -284,7 +285,8 @@ class KStarEntry(Part):
     per_param: Amount = Field(description="cost of k going from 0 to 1, in unit")
     kept_share: Share = Field(description="value**gamma, as the fitted curve has it")
     over_aggressive: bool = Field(
-        description="a warning: kept_share is below over_aggressive_share"
+        description="a warning: curve_share (kept_share where that is null) is below "
+        "over_aggressive_share"
     )
     over_aggressive_share: Share | None = None
     curve_share: Share | None = Field(None, description="read from the Lorenz curve at value")
@@ -492,15 +494,20 @@ def parse_blueprint(data: bytes) -> BlueprintFile:
         ValueError: with the reason in words, for bytes that are not a blueprint of this major
             version.
     """
-    return validate(parse_json(data))
+    return _validated(parse_json(data))
 
 
 def validate(value: Any) -> BlueprintFile:
-    """``value`` (parsed JSON) as a blueprint.
+    """``value`` (JSON that is made now) as a blueprint.
 
     Raises:
         ValueError: with the reason in words.
     """
+    check_text(value)
+    return _validated(value)
+
+
+def _validated(value: Any) -> BlueprintFile:
     if not isinstance(value, dict):
         raise ValueError("the top level is not an object")
     check_version(value.get("schema_version"))

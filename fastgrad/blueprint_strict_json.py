@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 MAX_BYTES = 64 * 2**20
@@ -20,9 +21,13 @@ MAX_VALUES = 2**23
 MAX_DIGITS = 400  # the largest double has 309; conversion takes the square of the digits
 MAX_DEPTH = 64  # the blueprint's schema itself needs 7 levels; extra keys get the rest
 
+# Few files have any, so that the strings of most need not be looked at.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 
 def parse_json(data: bytes) -> Any:
-    """JSON without its loopholes: no NaN, infinity, overflow, repeated key or deep nesting.
+    """JSON without its loopholes: no NaN, infinity, overflow, repeated key, deep
+    nesting or half of a surrogate pair.
 
     Raises:
         ValueError: with the reason in words; nothing else, whatever the bytes are.
@@ -44,7 +49,33 @@ def parse_json(data: bytes) -> Any:
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     _check_depth(value)
+    if _SURROGATE.search(data):
+        check_text(value)
     return value
+
+
+def check_text(value: Any) -> None:
+    """Refuse strings, keys too, that no text can hold: JSON can say half of a surrogate pair.
+
+    Raises:
+        ValueError: with such a string.
+    """
+    waiting = [value]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            waiting += node
+            waiting += node.values()
+        elif isinstance(node, list | tuple):
+            waiting += node
+        elif isinstance(node, str) and not node.isascii():
+            try:
+                node.encode("utf-8")
+            except UnicodeEncodeError as error:
+                around = node[max(0, error.start - 20) : error.end + 20]
+                raise ValueError(
+                    f"half of a surrogate pair, which is no Unicode text: {around!a}"
+                ) from None
 
 
 def _refuse_constant(text: str) -> Any:

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastgrad.blueprint_schema import BlueprintFile, Fits, Lorenz
+from fastgrad.blueprint_schema import BlueprintFile, Fits, KStarEntry, Lorenz
+from fastgrad.printable import printable
+from fastgrad.resources import OVER_AGGRESSIVE_SHARE
 
 
 def describe(file: BlueprintFile) -> str:
-    """What a blueprint says, as text."""
+    """What a blueprint says, as text; what its strings would do to a terminal is escaped."""
+    return "\n".join(printable(line) for line in _lines(file))
+
+
+def kept(k: KStarEntry) -> str:
+    """What k* keeps of the squared gradient, by which curve, and whether that is too little.
+
+    The measured curve counts where its share is known: files of before warn by the fit's.
+    """
+    least = OVER_AGGRESSIVE_SHARE if k.over_aggressive_share is None else k.over_aggressive_share
+    share, curve, little = k.kept_share, "the fit", k.over_aggressive
+    if k.curve_share is not None:
+        share, curve, little = k.curve_share, "the measured curve", k.curve_share < least
+    warning = f"over-aggressive, less than {least:.0%}: " if little else ""
+    return f"{warning}keeps {share:.0%} by {curve}"
+
+
+def _lines(file: BlueprintFile) -> list[str]:
     model, data, noise = file.model, file.data, file.noise
     lines = [
         f"model      {model.class_name or 'unknown class'} {model.name_or_path or ''} "
@@ -26,9 +45,7 @@ def describe(file: BlueprintFile) -> str:
     if file.fits is None:
         lines.append(f"released   {file.privacy.released} of the submodules' rms alone")
     for name, k in file.k_star.items():
-        least = 0.5 if k.over_aggressive_share is None else k.over_aggressive_share
-        warning = f" (over-aggressive: keeps less than {least:.0%})" if k.over_aggressive else ""
-        lines.append(f"k*         {k.value:.1%} for {name}{warning}: {k.reason}")
+        lines.append(f"k*         {k.value:.1%} for {name} ({kept(k)}): {k.reason}")
         if k.paper is not None:
             lines.append(
                 f"           the paper's closed forms, for comparison: gamma {k.paper.gamma:.3f}, "
@@ -66,7 +83,7 @@ def describe(file: BlueprintFile) -> str:
         (s for s in file.submodules if s.rms is not None), key=lambda s: -(s.rms or 0.0)
     )[:10]
     if file.fits is None:
-        return "\n".join([*lines, "", *_first(file)])
+        return [*lines, "", *_first(file)]
     width = max((len(s.name) for s in ranked), default=0)
     lines += ["", f"{'highest rms':<{width}}  {'rms':>9}  {'norm':>9}  {'share':>6}  elements"]
     lines += [
@@ -74,7 +91,7 @@ def describe(file: BlueprintFile) -> str:
         f"{s.numel:,}"
         for s in ranked
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def _concentration(fits: Fits | None) -> list[str]:

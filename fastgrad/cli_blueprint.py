@@ -82,7 +82,7 @@ def show(blueprint: BlueprintRef, as_json: Json = False) -> None:
     """
     found = open_blueprint(blueprint)
     if as_json:
-        emit(found.to_json(), end="")
+        emit(found.to_json(), end="", raw=True)
     else:
         emit_text(found.summary())
 

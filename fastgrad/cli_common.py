@@ -19,6 +19,7 @@ from rich.console import Console
 from fastgrad.cli_exit import BROKEN_PIPE
 from fastgrad.errors import FastgradError
 from fastgrad.files import atomic_path
+from fastgrad.printable import printable, printable_lines
 
 if TYPE_CHECKING:
     from fastgrad.blueprint import Blueprint
@@ -58,11 +59,11 @@ def verb(app: typer.Typer, name: str) -> Callable[[Verb], Verb]:
     return register
 
 
-def emit(text: str, *, end: str = "\n") -> None:
-    """Text for standard output, as it is. A reader that went away (``| head``) ends the command
-    quietly."""
+def emit(text: str, *, end: str = "\n", raw: bool = False) -> None:
+    """Text for standard output, with control characters escaped unless ``raw`` (JSON has escapes of
+    its own). A reader that went away (``| head``) ends the command quietly."""
     try:
-        sys.stdout.write(text + end)
+        sys.stdout.write((text if raw else printable_lines(text)) + end)
         sys.stdout.flush()
     except BrokenPipeError:
         # What is still buffered must not raise again when the interpreter ends.
@@ -91,12 +92,12 @@ def emit_text(text: str) -> None:
 
 def emit_json(value: Any) -> None:
     """JSON for standard output."""
-    emit(json.dumps(value, indent=2, allow_nan=False))
+    emit(json.dumps(value, indent=2, allow_nan=False), raw=True)
 
 
 def note(text: str) -> None:
     """A line for standard error: neither markup nor wrapping."""
-    Console(stderr=True).print(text, markup=False, soft_wrap=True, highlight=False)
+    Console(stderr=True).print(printable_lines(text), markup=False, soft_wrap=True, highlight=False)
 
 
 def usage(text: str, option: str | None = None) -> NoReturn:
@@ -181,7 +182,7 @@ def first_line(error: BaseException) -> str:
 
 def in_one_line(error: BaseException) -> str:
     """An error of ours as it is; another with its type and a remedy."""
-    line = " ".join(str(error).split())
+    line = printable(" ".join(str(error).split()))
     if isinstance(error, FastgradError):
         return line
     return f"{type(error).__name__}: {line}. Remedy: another path, or room and rights there"

@@ -19,6 +19,7 @@ from fastgrad.cli_common import (
 )
 from fastgrad.cli_exit import NO, UNDECIDED
 from fastgrad.cli_values import weight_of
+from fastgrad.printable import printable
 
 if TYPE_CHECKING:
     from fastgrad.staleness import Staleness
@@ -189,7 +190,8 @@ def add_domain(
     if as_json:
         emit_json({"path": str(path), "domains": domains})
     else:
-        emit_text("\n".join(f"domain     {', '.join(tags) or '(no tag)'}" for tags in domains))
+        tagged = (printable(", ".join(tags)) or "(no tag)" for tags in domains)
+        emit_text("\n".join(f"domain     {tags}" for tags in tagged))
         note(f"wrote {path}")
 
 
@@ -206,14 +208,14 @@ def nearest(blueprint: BlueprintRef, stats: StatsPath, as_json: Json = False) ->
     if as_json:
         emit_json(found.to_dict())
     else:
-        lines = [f"{found.verdict}: {found.reason}", "",
+        lines = [f"{found.verdict}: {printable(found.reason)}", "",
                  f"{'Spearman':>8}  {'nearest in':>10}  {'verdict':<16}  domain"]  # fmt: skip
         for one in found.domains:
             s = one.staleness
             lines.append(
                 f"{'-' if s.spearman is None else format(s.spearman, '.2f'):>8}  "
                 f"{'-' if one.support is None else format(one.support, '.0%'):>10}  "
-                f"{s.verdict:<16}  {' + '.join(one.tags) or '(no tag)'}"
+                f"{s.verdict:<16}  {printable(' + '.join(one.tags)) or '(no tag)'}"
             )
         emit_text("\n".join(lines))
     if code := _NEAREST_CODES[found.verdict]:

@@ -124,7 +124,7 @@ def peft(
             "left_out": plan.left_out, "config": json.loads(text),
         })  # fmt: skip
     elif path is None:
-        emit(text, end="")
+        emit(text, end="", raw=True)
     else:
         width = max(len(name) for name in plan.ranks)
         emit("\n".join([

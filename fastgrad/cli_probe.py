@@ -11,7 +11,7 @@ import typer
 from fastgrad.cli_common import Json, ModelRef, check_writable, emit, emit_json, note, track
 from fastgrad.cli_data import Reading, batch_of, read_examples
 from fastgrad.cli_models import kind_of, load_model, load_tokenizer
-from fastgrad.cli_values import dtype_of
+from fastgrad.cli_values import dtype_of, spec_of
 
 
 def probe(
@@ -79,7 +79,7 @@ def probe(
     from fastgrad.cli_common import usage
     from fastgrad.probe import Probe
 
-    weights = dtype_of(dtype)
+    weights, granularity = dtype_of(dtype), spec_of(blocks)
     plain = Path(data).is_file() and Path(data).suffix not in (".jsonl", ".ndjson")
     for option, value in (("--field", field), ("--split", split), ("--subset", subset)):
         if value is not None and (plain or (option != "--field" and Path(data).is_file())):
@@ -94,7 +94,7 @@ def probe(
     sample = read_examples(data, reading, kind, tokenizer)
     generator = torch.Generator().manual_seed(seed or 0)
     starts = range(0, len(sample.examples), rows)
-    with Probe(net, blocks=blocks, l1=l1) as measuring:
+    with Probe(net, blocks=granularity, l1=l1) as measuring:
         for start in track(starts, "probing"):
             batch = batch_of(sample.examples[start : start + rows], kind, tokenizer, generator)
             net.zero_grad(set_to_none=True)

@@ -61,8 +61,19 @@ def granularity_of(values: Sequence[str] | None) -> str | dict[str, str] | None:
     if not values:
         return None
     if len(values) == 1 and "=" not in values[0]:
-        return values[0]
-    return _pairs("blocks", values)
+        return spec_of(values[0])
+    return {pattern: spec_of(text) for pattern, text in _pairs("blocks", values).items()}
+
+
+def spec_of(text: str) -> str:
+    """One granularity of blocks; which stripes heads are, the model says."""
+    from fastgrad.blocks import check_spec
+    from fastgrad.errors import BlockSpecError
+
+    try:
+        return text if text == "head" else check_spec(text)
+    except BlockSpecError as error:
+        raise typer.BadParameter(str(error), param_hint="--blocks") from None
 
 
 def shares_of(option: str, values: Sequence[str] | None) -> float | dict[str, float] | None:

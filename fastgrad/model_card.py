@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrad.blueprint_schema import FILE_NAME
+from fastgrad.blueprint_text import kept
 from fastgrad.errors import BlueprintError, MissingExtraError
 from fastgrad.files import atomic_path
+from fastgrad.printable import printable, printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -130,7 +132,7 @@ def updated_card(
 ) -> str:
     """The text of a card (None: a new one) with our section. See :func:`write_card`."""
     newline = "\n" if text is None else _newline(text)
-    body = text if text is not None else f"# {title}\n"
+    body = text if text is not None else f"# {printable(title)}\n"
     _check(body)
     body = _with_metadata(body, _metadata(blueprint, emissions), newline)
     section = newline.join([BEGIN, *section_lines(blueprint, figures, emissions), END])
@@ -208,12 +210,31 @@ def _with_metadata(text: str, entries: Mapping[str, Any], newline: str) -> str:
     ours = {key: value for key, value in entries.items() if key not in others}
     block = ""
     if ours:
-        lines = yaml.safe_dump(ours, sort_keys=False, allow_unicode=True, width=10_000).splitlines()
+        lines = _yaml(ours).rstrip("\n").split("\n")
         block = newline.join([META_BEGIN, *lines, META_END]) + newline
     if match is None:
         return f"---{newline}{block}---{newline}{newline}{text}" if block else text
     begin = match.start(3)
     return text[: begin + start] + block + text[begin + end :]
+
+
+def _yaml(entries: Mapping[str, Any]) -> str:
+    """YAML in which no string of the entries breaks a line or holds a control character."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def scalar(dumper: Dumper, text: str) -> yaml.ScalarNode:
+        # Only double quotes have escapes.
+        style = None if printable(text) == text else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, scalar)
+    found: str = yaml.dump(
+        dict(entries), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**9
+    )
+    return printable_lines(found)  # marks of direction, whose escapes YAML has too
 
 
 def _span(inner: str) -> tuple[int, int]:
@@ -297,8 +318,7 @@ def _findings(blueprint: Blueprint) -> list[tuple[str, str]]:
     if tail is not None:
         rows.append(("power law", f"{tail.verdict}: {_plain(tail.reason)}"))
     for name, k in file.k_star.items():
-        warning = f", over-aggressive: keeps {k.kept_share:.0%}" if k.over_aggressive else ""
-        rows.append((f"k\\* for {_plain(name)}", f"{k.value:.1%}{warning}"))
+        rows.append((f"k\\* for {_plain(name)}", f"{k.value:.1%}, {kept(k)}"))
     if noise.noise_scale is not None:
         rows.append(("gradient noise scale", f"{noise.noise_scale:,.1f} examples"))
     half = noise.split_half_reliability
@@ -332,5 +352,5 @@ def _reference(blueprint: Blueprint) -> str:
 
 def _plain(text: str) -> str:
     """Text of the file as one line that Markdown, a table or our own markers do not trip over."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return re.sub(r"([<>|`\\\[\]])", lambda m: f"&#{ord(m[1])};", line)[:500]

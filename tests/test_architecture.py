@@ -45,7 +45,7 @@ RANKS: list[set[str]] = [
     {"influence", "scores"},
     {"replicas"},
     {"probe", "distributed"},
-    {"blueprint_strict_json"},
+    {"blueprint_strict_json", "printable"},
     {"ranking", "blueprint_schema", "blueprint_provenance", "blueprint_text", "hub", "selection",
      "selection_report"},
     {"spread", "filling", "blueprint_coarse"},

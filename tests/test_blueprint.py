@@ -525,7 +525,9 @@ def test_canonical_json():
     assert canonical_json({"b": -0.0, "a": [1, 0.1]}) == (
         '{\n  "a": [\n    1,\n    0.1\n  ],\n  "b": 0.0\n}\n'
     )
-    assert parse_json(b'{"a": "\\ud800"}') == {"a": "\ud800"}
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        parse_json(b'{"a": "\\ud800"}')
     with pytest.raises(ValueError, match="JSON compliant"):
         canonical_json({"a": math.nan})
 

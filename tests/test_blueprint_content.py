@@ -126,7 +126,7 @@ def test_k_star_with_the_papers_closed_form_beside_it():
         assert entry.curve_share == pytest.approx(curve.share_at(entry.value))
         assert paper.curve_share == pytest.approx(curve.share_at(min(paper.value, 1.0)))
         assert entry.over_aggressive_share == OVER_AGGRESSIVE_SHARE
-        assert entry.over_aggressive == (entry.kept_share < OVER_AGGRESSIVE_SHARE)
+        assert entry.over_aggressive == (entry.curve_share < OVER_AGGRESSIVE_SHARE)
         assert entry.mode == "counted"
     assert "the paper's closed forms" in blueprint.summary()
     alike = Blueprint.from_stats(synthetic_stats({"a": (2, 2), "b": (2, 2)}))  # no tail to fit

@@ -171,10 +171,9 @@ def test_single_attacks(tmp_path, plain, change, message):
 
 def test_halves_of_surrogate_pairs(tmp_path, plain):
     """JSON can escape half a surrogate pair, which no encoding of text can say."""
-    refused(tmp_path, plain.replace("layers.1.norm.weight", "layers\\ud800"), "unicode")
-    path = write(tmp_path, plain.replace('"merge"', '"future": "\\ud800", "merge"'))
-    again = Blueprint.from_pretrained(path).save_pretrained(tmp_path / "again")
-    assert "\\ud800" in again.read_text()  # under an unknown key it survives, in ASCII
+    half = "half of a surrogate pair"
+    refused(tmp_path, plain.replace("layers.1.norm.weight", "layers\\ud800"), half)
+    refused(tmp_path, plain.replace('"merge"', '"future": "\\ud800", "merge"'), half)
 
 
 def test_limits_of_the_parser():

@@ -255,7 +255,6 @@ def test_probe_refuses(run, released, text_file, tmp_path):
         ([released, tmp_path / "binary.txt"], "not UTF-8"),
         ([tmp_path, text_file], "no config.json"),
         ([tmp_path / "broken", text_file], "cannot be read"),
-        ([released, text_file, "--blocks", "rows"], "unknown block granularity"),
     ):
         code, _, err = run("probe", *args, "-o", tmp_path / "out")
         assert (code, err.count("error: ")) == (1, 1)
