@@ -1,8 +1,8 @@
 """Which way to train gains most per unit of each resource: meters side by side.
 
-    table = fg.compare_meters({"all weights": "full.json", "top 20 %": meter})
-    print(table.to_markdown())
-    table.figure().savefig("arms.png")
+table = fg.compare_meters({"all weights": "full.json", "top 20 %": meter})
+print(table.to_markdown())
+table.figure().savefig("arms.png")
 """
 
 from __future__ import annotations

@@ -227,9 +227,7 @@ def test_traffic_of_a_partial_model_counts_packed_tensors_and_their_way_through(
     state = 2 * 4 * n + sum(
         t.numel() * 4 for s in optimizer.state.values() for k, t in s.items() if k == "step"
     )
-    assert meter.spent["traffic_bytes"] == (
-        2 * weights + 2 * 4 * n + 2 * 4 * n + 2 * state + 2 * n
-    )
+    assert meter.spent["traffic_bytes"] == (2 * weights + 2 * 4 * n + 2 * 4 * n + 2 * state + 2 * n)
 
 
 def test_traffic_needs_a_model_from_the_first_step():

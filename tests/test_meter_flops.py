@@ -44,7 +44,7 @@ def test_a_sparse_backward_pass_costs_its_blocks(fraction):
 
 def test_a_partial_step_is_what_the_plan_says():
     torch.manual_seed(0)
-    model = randomised(lambda: llama(attn_implementation="eager"))
+    model = randomised(lambda: llama(attn_implementation="eager", layers=1))
     batch = batch_of(n=2)
     with fg.Probe(model, blocks="16x16") as probe:
         model(**batch).loss.backward()

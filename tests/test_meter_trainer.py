@@ -188,17 +188,7 @@ def test_a_part_that_ran_without_the_meter_is_named(tmp_path):
     assert callback.meter.sessions == [{"from_step": 0, "unmetered_steps": 6}]
 
 
-def test_a_second_training_begins_anew(tmp_path):
-    run, callback = metered(tmp_path, SLOWING, meter=plain(), max_steps=2)
-    run.train()
-    first = callback.meter
-    run.train()
-    assert callback.meter is not first
-    assert callback.meter.steps == first.steps == 2
-    assert not callback.meter.resumed
-
-
-def test_a_training_that_raised_leaves_no_counter_behind(tmp_path):
+def test_a_training_that_raised_leaves_no_counter_and_a_second_one_begins_anew(tmp_path):
     class Crash(TrainerCallback):
         def on_optimizer_step(self, *args, **kwargs):
             raise ZeroDivisionError
@@ -212,7 +202,12 @@ def test_a_training_that_raised_leaves_no_counter_behind(tmp_path):
     run.remove_callback(crash)
     run.train()
     assert current() is None
-    assert callback.meter.steps == 2
+    first = callback.meter
+    assert first.steps == 2
+    run.train()
+    assert callback.meter is not first
+    assert callback.meter.steps == first.steps == 2
+    assert not callback.meter.resumed
 
 
 def test_what_cannot_be_done_is_refused(tmp_path):
