@@ -274,7 +274,7 @@ def experiment(name: str) -> Callable[[], str]:
 
 
 # Those with committed results; docs/findings.md has a section of each.
-EXPERIMENTS = ("distribution", "partial_update", "transfer", "joint")
+EXPERIMENTS = ("distribution", "partial_update", "transfer", "joint", "proxy", "mislabelled")
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {

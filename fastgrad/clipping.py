@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastgrad.batches import shifts_labels
 from fastgrad.errors import CoverageError, PrivacyError
 from fastgrad.identity import model_parameters, unwrapped
-from fastgrad.measuring import _check_reached, gradients_on, on_device, stand_ins, untouched
+from fastgrad.measuring import check_reached, gradients_on, on_device, stand_ins, untouched
 from fastgrad.probe import Probe
 from fastgrad.stats import GradientStats
 
@@ -136,7 +136,7 @@ def clipped_norms(
             if p.requires_grad
         }
         again = _pass(model, batches, loss, factors, sums)
-        _check_reached(replaced)
+        check_reached(replaced)
         _check_clipped(np.sqrt(_covered(again).sum(0)), factors * norms, limit)
         names = list(sums)
         total = [float(sums[name].square().sum().sqrt()) for name in names]

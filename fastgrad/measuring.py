@@ -129,7 +129,7 @@ def _refuse_hooks(name: str, p: Tensor) -> None:
         )
 
 
-def _check_reached(replaced: Mapping[str, nn.Parameter]) -> None:
+def check_reached(replaced: Mapping[str, nn.Parameter]) -> None:
     for name, p in replaced.items():
         if p.grad is not None:
             raise FastgradError(
@@ -190,7 +190,7 @@ def losses_and_stats(
                 found.append(value.detach())
                 for p in parameters:
                     p.grad = None
-        _check_reached(replaced)
+        check_reached(replaced)
         if not found:
             raise FastgradError("there was no batch to measure on")
         return [float(value) for value in found], probe.stats()

@@ -22,7 +22,7 @@ from fastgrad.errors import FastgradError, NonFiniteGradientError, StatsError
 from fastgrad.identity import model_parameters, sharded_modules, unwrapped
 from fastgrad.measuring import (
     Loss,
-    _check_reached,
+    check_reached,
     gradients_on,
     on_device,
     own_loss,
@@ -122,7 +122,7 @@ def proxy_quality(
     ):
         bench = _Bench(inner, train, test, loss)
         gradient = bench.gradient(train)
-        _check_reached(replaced)
+        check_reached(replaced)
         scores = plain_scores(gradient, bench.gradient(test))
         curvature = gather_curvature(inner, bench.own, train, loss, factor_limit=factor_limit)
         scores |= second_order_scores(curvature, gradient, damping, damping_of)
