@@ -14,6 +14,7 @@ from fastgrad.cli_compare import add_compare_verbs, staleness_command
 from fastgrad.cli_delta import delta_app
 from fastgrad.cli_exit import SHORT
 from fastgrad.cli_export import export_app
+from fastgrad.cli_influence import influence_app
 from fastgrad.cli_plan import plan
 from fastgrad.cli_probe import probe
 from fastgrad.cli_release import add_release_verbs
@@ -54,6 +55,7 @@ app.add_typer(blueprint_app, name="blueprint")
 verb(app, "staleness")(staleness_command)
 verb(app, "select")(select_command)
 verb(app, "plan")(plan)
+app.add_typer(influence_app, name="influence")
 app.add_typer(export_app, name="export")
 app.add_typer(delta_app, name="delta")
 
