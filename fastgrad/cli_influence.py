@@ -155,7 +155,7 @@ def choose(
         usage("give --parameters and --examples, or --budget")
     found = select_jointly(
         GradientStats.load(stats, blocks=not whole), parameters, examples, budget=budget,
-        strategy=strategy, include=include or None, exclude=exclude or None,  # type: ignore[arg-type]
+        strategy=strategy, include=include or None, exclude=exclude or None,
         scale=scale, blocks=not whole,  # type: ignore[arg-type]
     )  # fmt: skip
     write_text(ids, "".join(f"{i}\n" for i in found.example_ids.tolist()))
