@@ -76,6 +76,7 @@ class Stripes:
         return found
 
 
+@torch.compiler.disable  # what it keeps hangs on the tensor, and it may wait for a device
 def stripes_of(ids: Tensor, rows: int, cols: int, block_rows: int, block_cols: int) -> Stripes:
     """What these blocks of a ``rows x cols`` matrix touch.
 
@@ -84,7 +85,7 @@ def stripes_of(ids: Tensor, rows: int, cols: int, block_rows: int, block_cols: i
     """
     version = None if ids.is_inference() else ids._version
     key = (version, rows, cols, block_rows, block_cols)
-    known: tuple[object, Stripes] | None = ids.__dict__.get("_fastgrad_stripes")
+    known: tuple[object, Stripes] | None = getattr(ids, "_fastgrad_stripes", None)
     if known is not None and known[0] == key:
         return known[1]
     across = -(-cols // block_cols)
