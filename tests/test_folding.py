@@ -127,9 +127,9 @@ def test_memory_is_that_of_the_whole_model(make, master, spec):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", ALL)
-@pytest.mark.parametrize(("dtype", "master"), [(FP32, None), (BF16, FP32)])
+@pytest.mark.parametrize(("dtype", "master"), [(BF16, FP32)])
 def test_memory_is_that_of_the_whole_model_everywhere(make, dtype, master):
-    same_memory(make, dtype, master, 1 if master is None else 2)
+    same_memory(make, dtype, master, 2)
 
 
 @pytest.mark.parametrize(
