@@ -81,7 +81,7 @@ def spectrum(matrix: FloatArray, seed: int = 0) -> Spectrum:
         # Through the matrix itself, not its square: small singular values keep their digits.
         values = np.linalg.svd(np.asarray(matrix, dtype=np.float64), compute_uv=False)
     else:
-        values = _leading(matrix, seed)
+        values = leading_patterns(matrix, RANK, seed)[1].astype(np.float64)
     sq = values**2
     p = values[values > 0] / values.sum()
     return Spectrum(
@@ -95,17 +95,22 @@ def spectrum(matrix: FloatArray, seed: int = 0) -> Spectrum:
     )
 
 
-def _leading(matrix: FloatArray, seed: int) -> FloatArray:
+def leading_patterns(
+    matrix: FloatArray, rank: int, seed: int
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """``U [m, rank]``, singular values ``[rank]`` and ``V [n, rank]`` of the leading patterns, by
+    the randomised method of Halko, Martinsson and Tropp; in the matrix' precision."""
     import torch
 
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)  # svd_lowrank takes no generator
         whole = torch.from_numpy(np.ascontiguousarray(matrix))
-        _, values, _ = torch.svd_lowrank(whole, q=RANK + 16, niter=4)
+        q = min(rank + 16, *matrix.shape)
+        u, values, v = torch.svd_lowrank(whole, q=q, niter=4)
     finally:
         torch.random.set_rng_state(state)
-    return values[:RANK].double().numpy()
+    return u[:, :rank].numpy(), values[:rank].numpy(), v[:, :rank].numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,6 +292,7 @@ __all__ = [
     "Independence",
     "Spectrum",
     "independence",
+    "leading_patterns",
     "log_influence",
     "spectrum",
     "standardised",

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from fastgrad.concentration import FloatArray, IntArray
 from fastgrad.errors import SelectionError
 from fastgrad.filling import Elements, fill
+from fastgrad.interaction import leading_patterns
 from fastgrad.mass import MassMatrix
 
 Bools = npt.NDArray[np.bool_]
@@ -341,20 +342,10 @@ class _Quota:
 
 def _smoothed(mass: MassMatrix, rank: int, seed: int) -> MassMatrix:
     """The leading patterns of ``T``, squared."""
-    import torch
-
     if not 1 <= rank < min(mass.n_blocks, mass.n_examples):
         raise SelectionError(f"rank={rank} must lie in 1..{min(mass.values.shape) - 1}")
-    influence = torch.from_numpy(np.sqrt(mass.in_memory()))
-    state = torch.random.get_rng_state()
-    try:
-        torch.manual_seed(seed)  # svd_lowrank takes no generator
-        q = min(rank + 8, min(influence.shape))
-        left, values, right = torch.svd_lowrank(influence, q=q, niter=4)
-    finally:
-        torch.random.set_rng_state(state)
-    smooth = (left[:, :rank] * values[:rank]) @ right[:, :rank].T
-    squares = smooth.clamp_min_(0).square_().numpy()
+    left, values, right = leading_patterns(np.sqrt(mass.in_memory()), rank, seed)
+    squares = np.maximum((left * values) @ right.T, 0) ** 2
     if not squares.any():
         raise SelectionError(f"the leading {rank} patterns hold nothing; use another strategy")
     return MassMatrix.of(squares, mass.sizes, mass.names, mass.example_ids)

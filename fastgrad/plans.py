@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ABC):
     """What a training step takes of one resource, by term.
 
     Attributes:
@@ -71,8 +72,9 @@ class Plan:
         return [("total", self.total, self.full_total)]
 
     @staticmethod
+    @abstractmethod
     def _human(amount: float) -> str:
-        raise NotImplementedError
+        """An amount with its unit, as the table shows it."""
 
 
 def with_unit(amount: float, units: Sequence[str]) -> str:

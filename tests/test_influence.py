@@ -10,7 +10,7 @@ import pytest
 import fastgrad as fg
 from fastgrad.errors import StatsError
 from fastgrad.influence import influence_report
-from fastgrad.interaction import _leading, independence, spectrum
+from fastgrad.interaction import independence, leading_patterns, spectrum
 from fastgrad.mass import MassMatrix, NpyRows
 from fastgrad.multiplicativity import multiplicativity, taken
 
@@ -223,7 +223,10 @@ def test_the_randomised_spectrum_agrees_and_says_what_it_does_not_know(monkeypat
     np.testing.assert_allclose(found.values[:5], exact.values[:5], rtol=1e-6)
     assert found.stable_rank == pytest.approx(exact.stable_rank, rel=1e-6)
     assert found.rank_for(1.0) is None
-    np.testing.assert_array_equal(_leading(matrix, 3), _leading(matrix, 3))
+    one, again = (leading_patterns(matrix, 5, 3) for _ in range(2))
+    for a, b in zip(one, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose((one[0] * one[1]) @ one[2].T, matrix, atol=0.1)
     json.dumps(found.to_dict(), allow_nan=False)
 
 
