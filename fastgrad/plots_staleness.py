@@ -46,8 +46,8 @@ def staleness_plot(
     two is only the scale of the loss. Which ones are in the top 20 % of both, or of one alone, is
     what a selection depends on. Parameters that are dead in both are left out; those that are
     alive but far below the others are counted, outside the axes. The verdict is the title; each
-    statistic stands beside its bar (the same statistic between halves of a sample, less the
-    tolerance).
+    statistic stands beside what it needs: its bar (the same statistic between halves of a sample)
+    less the tolerance.
 
     Args:
         ax: matplotlib axes.
@@ -101,7 +101,7 @@ def staleness_plot(
 
 
 def statistics_text(result: Staleness) -> str:
-    """The statistics beside their bars, a line each; what could not be computed is a dash."""
+    """The statistics beside what they need, a line each; what could not be computed is a dash."""
     rows = []
     for label, value, tolerance, key in (
         ("Spearman", result.spearman, SPEARMAN_TOLERANCE, "spearman"),
@@ -116,7 +116,7 @@ def statistics_text(result: Staleness) -> str:
         if value is not None and bar is not None:
             sign = "< " if value < bar - tolerance else ">="
         rows.append(f"{label:<16} {own} {sign} {allowed}")
-    return "\n".join([f"{'':<16} agrees  bar", *rows])
+    return "\n".join([f"{'':<16} agrees needs", *rows])
 
 
 def _common(released: Blueprint, local: GradientStats) -> tuple[np.ndarray, np.ndarray]:
