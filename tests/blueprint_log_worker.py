@@ -307,6 +307,7 @@ def main() -> None:
             print(name, *every, sep="\n    ")
         if out:
             Path(out).write_text(json.dumps(found))
+    dist.barrier()  # gloo aborts a process that outlives its peer's connection
     dist.destroy_process_group()
 
 

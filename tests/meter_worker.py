@@ -14,6 +14,7 @@ from fastgrad.meter_processes import over_processes
 from tests.meters import Clock, plain
 from tests.models import llama, randomised
 from tests.test_meter_trainer import SLOWING, Losses, Ticks
+from tests.processes import leaving_together
 from tests.training_runs import trainer
 
 
@@ -48,4 +49,5 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with leaving_together():
+        main(Path(sys.argv[1]))

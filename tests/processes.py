@@ -64,15 +64,26 @@ def arguments(about: str | None, **more: str) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """Close the group of processes at the end, whoever made it, after the last of them has come:
+    gloo aborts a process that still holds connections to one that has gone."""
+    try:
+        yield
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def group() -> Iterator[None]:
     """The processes of torchrun as one group, each on one thread."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    try:
+    with leaving_together():
         yield
-    finally:
-        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 import tests.conftest  # noqa: F401  (quiet, one thread)
 from fastgrad.integrations.transformers import sparse_adamw
 from tests.models import llama, randomised
+from tests.processes import leaving_together
 from tests.training_runs import trainer
 
 
@@ -41,4 +42,5 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with leaving_together():
+        main(Path(sys.argv[1]))
