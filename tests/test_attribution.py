@@ -269,7 +269,7 @@ def test_no_function_of_pytorch_is_misunderstood():
     is compared with what changes when one example does."""
     pytest.importorskip("expecttest")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.attribution_oracle", "3"],
+        [sys.executable, "-m", "tests.attribution_oracle", "2"],
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
