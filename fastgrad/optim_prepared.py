@@ -62,6 +62,8 @@ class PreparedStep:
         now = _look(optimizer)
         if now is None or now.seen != self._seen:
             return None
+        if len(self._lists) == 1:  # as a rule: all of one group and dtype, in order
+            return now.grads if self._lists[0].prepared.takes(now.grads) else None
         for entry in self._lists:
             if not entry.prepared.takes([now.grads[i] for i in entry.places]):
                 return None
@@ -87,8 +89,8 @@ def _look(optimizer: Any) -> _Look | None:
     numbers. None where tensors are more than memory (shards, fakes).
 
     Places in memory tell of ``tensor.data = ...``, of a model or a state that was moved; the
-    version of block numbers of a change in place. Lists are gone through in one pass each: this
-    is asked at each step.
+    version of block numbers of a change in place. Lists are gone through in one pass each, by C
+    code where there is some: this is asked at each step.
     """
     groups = [g["params"] for g in optimizer.param_groups]
     every = [p for params in groups for p in params]
@@ -100,16 +102,16 @@ def _look(optimizer: Any) -> _Look | None:
     steps = [s.get("step") for s in states]
     blocks = [b for p in params if (b := p.__dict__.get("_fastgrad_blocks")) is not None]
     fulls, ids = [b.full for b in blocks], [b.ids for b in blocks]
-    placed = [*params, *moments, *fulls]
+    placed = [*params, *moments, *fulls, *steps]
     if not {*map(type, placed), *map(type, grads)} <= _PLAIN:
         return None
     objects = [*every, *moments, *steps, *blocks, *fulls, *ids]
     seen = [
-        [len(params) for params in groups],
+        [*map(len, groups)],
         [g is None for g in found],
-        [id(o) for o in objects],
-        [t.data_ptr() for t in placed],
-        [t.stride() for t in placed],
+        [*map(id, objects)],
+        [*map(Tensor.data_ptr, placed)],
+        [*map(Tensor.stride, placed)],
         [None if t.is_inference() else t._version for t in ids],
     ]
     return _Look(seen, grads, objects)

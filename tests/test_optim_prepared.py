@@ -109,6 +109,11 @@ def _new_count(model, partial, optimizer):
     optimizer.state[_first(optimizer)]["step"] = torch.tensor(9.0)
 
 
+def _moved_count(model, partial, optimizer):
+    count = optimizer.state[_first(optimizer)]["step"]
+    count.data = torch.tensor(9.0)
+
+
 def _new_weight(model, partial, optimizer):
     full = partial.packed[0].full
     full.data = full.data.clone()
@@ -143,8 +148,8 @@ def _split(model, partial, optimizer):
 
 @pytest.mark.parametrize(
     "change",
-    [_new_values, _new_moment, _moved_moment, _new_count, _new_weight, _other_strides, _loaded,
-     _turned, _cut, _split],
+    [_new_values, _new_moment, _moved_moment, _new_count, _moved_count, _new_weight,
+     _other_strides, _loaded, _turned, _cut, _split],
 )  # fmt: skip
 def test_what_is_exchanged_is_noticed(change):
     twins = Twins().step(3)

@@ -28,6 +28,7 @@ from fastgrad_kernels.layout import write_blocks_
 
 # Elements of a piece: 2 MiB of float32, with gradient and moments 8, part of an L3 cache. Smaller
 # ones lose more at the ends of calls, where threads wait for each other, than an L2 cache gains.
+# Prepared steps, which make no copies, take two at a time.
 PIECE = 1 << 19
 # Blocks with step counts of their own: a run of blocks of one count is a tensor of its own to the
 # fused update. Where runs have fewer elements than this on average (one costs about 3 µs, as much
@@ -128,7 +129,7 @@ def prepare(
     """A step of these tensors with all but the arithmetic done, or None where :func:`adamw_` has
     to look at some tensor each time."""
     tensors = params, exp_avgs, exp_avg_sqs, steps, fulls, ids
-    return Prepared(*tensors, PIECE) if len(_simple(*tensors)) == len(params) else None
+    return Prepared(*tensors, 2 * PIECE) if len(_simple(*tensors)) == len(params) else None
 
 
 def _simple(

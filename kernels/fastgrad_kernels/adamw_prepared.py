@@ -8,7 +8,7 @@ again with the same tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fastgrad_kernels.layout import write_blocks_
 
+# So many blocks are written one by one in less time than NumPy takes to look at an index of them.
+FEW = 4
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Write = Callable[[], object]
 
@@ -75,6 +77,11 @@ class Prepared:
         piece: int,
     ) -> None:
         self.steps = list(steps)
+        # Counted up through Python's own view of their memory: to PyTorch each is an operation.
+        on_host = all(s.is_cpu and s.dtype == torch.float32 for s in steps)
+        self._counts: list[Any] | None = None
+        if on_host:
+            self._counts = [memoryview(s.detach().view(-1).numpy()) for s in steps]
         written = [f for f in fulls if f.numel()]
         self._changed = [*params, *exp_avgs, *exp_avg_sqs, *steps, *written]
         self._strides = [p.stride() for p in params]
@@ -107,14 +114,17 @@ class Prepared:
     def takes(self, grads: Sequence[Tensor]) -> bool:
         """These gradients lie in memory as the parameters do and are as precise."""
         dtype = self._changed[0].dtype
-        return all(
-            g.dtype == dtype and g.stride() == strides
-            for g, strides in zip(grads, self._strides, strict=True)
+        return [*map(Tensor.stride, grads)] == self._strides and all(
+            g.dtype == dtype for g in grads
         )
 
     def __call__(self, grads: Sequence[Tensor], hyper: Hyper) -> None:
         """One step; ``steps`` are counted up first."""
-        torch._foreach_add_(self.steps, 1.0)
+        if self._counts is None:
+            torch._foreach_add_(self.steps, 1.0)
+        else:
+            for count in self._counts:
+                count[0] += 1.0
         for call in self._calls:
             rows = [grads[i] if part is None else grads[i].view(-1)[part] for i, part in call.grads]
             fused(call.params, rows, call.exp_avgs, call.exp_avg_sqs, call.steps, hyper)
@@ -222,6 +232,15 @@ def _blocks_writer(full: Tensor, ids: Tensor, packed: Tensor) -> Callable[[slice
             def write() -> None:
                 write_blocks_(full, at_edge, source[cut], h, w)
                 target[to] = source[inside].to(full.dtype).view(bits).numpy()
+
+        elif ready is not None and len(to[0]) <= FEW:
+            pairs = [
+                *zip((target[i, j] for i, j in zip(*to, strict=True)), ready[part], strict=True)
+            ]
+
+            def write() -> None:
+                for at, values in pairs:
+                    np.copyto(at, values)
 
         elif ready is not None:
             values = ready[part]
