@@ -23,6 +23,7 @@ from fastgrad.blueprint import Blueprint
 from fastgrad.blueprint_schedule import Schedule
 from fastgrad.blueprint_schema import FILE_NAME
 from fastgrad.errors import FastgradError
+from fastgrad.evaluation_budget import EvaluationBudget
 from fastgrad.granularity import Blocks, check_blocks
 from fastgrad.held_out import HeldOut
 from fastgrad.identity import model_parameters, unwrapped, weights_hash
@@ -120,8 +121,14 @@ class BlueprintLog:
         steps: numbers of optimizer steps to measure after.
         every: measure after every so many.
         examples: measure as many validation batches as hold that many examples.
-        share: measure this share of the validation batches. Without either, 16 batches at most,
-            spread evenly; the blueprint says how many there were. They are the same every time.
+        share: measure this share of the validation batches.
+        evaluation_share: measure as much as costs this share of the run's evaluation, all
+            measurements together, by the count of examples
+            (:mod:`fastgrad.evaluation_budget`); one batch at least, with a warning if that is
+            more. Without any of these three, 16 batches at most. The batches are spread evenly
+            and the same every time; the blueprint says how many there were.
+        evaluated_examples: what ``evaluation_share`` is a share of: examples in all evaluations of
+            the whole run together, also where it is resumed.
         blocks: granularity of the blueprint.
         domain_tags: what the data is about, for the blueprint.
         loss_reduction, per_example, frozen: see :class:`fastgrad.Probe`. Frozen parameters that
@@ -136,6 +143,8 @@ class BlueprintLog:
             and example.
         steps: optimizer steps so far.
         tokens_seen: tokens that ``step`` was told of, or None.
+        evaluation_share: what all measurements of the run are planned to cost, as a share of its
+            evaluation; at most the one asked for, unless a warning said so. None without one.
 
     Raises:
         FastgradError: for a schedule or sample that cannot be, or a model that cannot be measured
@@ -153,6 +162,8 @@ class BlueprintLog:
         every: int | None = None,
         examples: int | None = None,
         share: float | None = None,
+        evaluation_share: float | None = None,
+        evaluated_examples: int | None = None,
         blocks: Blocks = "module",
         domain_tags: Sequence[str] = (),
         loss_reduction: Reduction = "token_mean",
@@ -165,7 +176,12 @@ class BlueprintLog:
         check_blocks(blocks)
         self.schedule = Schedule.of(at, steps, every)
         self.schedule.check(total_steps)
-        self.held_out = HeldOut(validation_batches, examples, share)
+        budget = EvaluationBudget.of(
+            evaluation_share, evaluated_examples, self.schedule, total_steps
+        )
+        self.held_out = HeldOut(
+            validation_batches, examples, share, None if budget is None else budget.examples
+        )
         if not isinstance(model, nn.Module):
             raise FastgradError(
                 f"a BlueprintLog needs a model, not {type(model).__name__}. Remedy: load it first"
@@ -185,7 +201,11 @@ class BlueprintLog:
             # What cannot be measured is refused now, not in the middle of the run.
             Probe(self.model, blocks, frozen=frozen, hash_weights=False)
             _refuse_float16(self.model)
-        numbers_for(self.model, self.held_out, place(group)[0])
+        planned = len(numbers_for(self.model, self.held_out, place(group)[0]))
+        self.evaluation_share: float | None = None
+        if budget is not None:
+            budget.warn(planned, self.held_out.rows())
+            self.evaluation_share = budget.share_of(planned * self.held_out.rows())
 
     # -- in the loop ---------------------------------------------------------------------
 
@@ -220,11 +240,11 @@ class BlueprintLog:
             FastgradError: see :func:`fastgrad.measuring.measure`.
         """
         step = self.steps if best_step is None else best_step
-        with whole_weights(self.model, self.partial):
-            now = weights_hash(self.model)
-        last = next(
-            (m for m in self.measurements if (m.step, m.weights_hash) == (step, now)), None
-        )
+        last = None
+        if known := [m for m in self.measurements if m.step == step]:  # a hash reads all weights
+            with whole_weights(self.model, self.partial):
+                now = weights_hash(self.model)
+            last = next((m for m in known if m.weights_hash == now), None)
         if last is None or last._stats is None:
             whole = self.total_steps is not None and step == self.total_steps
             label = "best" if best_step is not None else "100%" if whole else "end"

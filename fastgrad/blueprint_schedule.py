@@ -68,6 +68,29 @@ class Schedule:
             return f"step {step}"
         return None
 
+    def count(self, total: int | None) -> int:
+        """Measurements of the whole run, its end among them.
+
+        Args:
+            total: optimizer steps of the run, if known.
+
+        Raises:
+            FastgradError: if that follows from the length alone, which is not known.
+        """
+        if total is None:
+            if self.every is not None:
+                raise FastgradError(
+                    f"how often a run is measured every {self.every} steps needs its length. "
+                    "Remedy: total_steps=..."
+                )
+            return len(self.steps) + 1
+        single = {max(1, round(f * total)) for f in self.at if f < 1} | set(self.steps)
+        if self.every is None:
+            return sum(step < total for step in single) + 1
+        return (total - 1) // self.every + 1 + sum(
+            step < total and step % self.every != 0 for step in single
+        )
+
 
 def in_percent(fraction: float) -> str:
     """0.5 -> ``50%``, 0.125 -> ``12.5%``."""

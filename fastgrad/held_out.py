@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastgrad.errors import FastgradError
+from fastgrad.random_state import unnoticed_draws
 
 #: Batches that are measured unless more or fewer are asked for. Halves of 8 still tell how
 #: reliable the ranks are, and staleness needs 4.
@@ -22,25 +23,36 @@ class HeldOut:
         batches: a list, a DataLoader, or anything that can be read again and again and ends. An
             iterator is read at once and kept.
         examples: measure as many batches as hold that many examples, by the size of the first.
-        share: measure this share of the batches. Without either, at most ``DEFAULT_BATCHES``.
+        share: measure this share of the batches.
+        at_most: measure as many batches as hold no more examples than that, by the size of the
+            first, but one at least. Without any of these, at most ``DEFAULT_BATCHES`` batches.
 
     Raises:
         FastgradError: for a sample that cannot be.
     """
 
     def __init__(
-        self, batches: Iterable[Any], examples: int | None = None, share: float | None = None
+        self,
+        batches: Iterable[Any],
+        examples: int | None = None,
+        share: float | None = None,
+        at_most: float | None = None,
     ) -> None:
-        if examples is not None and share is not None:
-            raise FastgradError("examples and share both say how much to measure. Remedy: give one")
+        given = {"examples": examples, "share": share, "evaluation_share": at_most}
+        both = [name for name, value in given.items() if value is not None]
+        if len(both) > 1:
+            raise FastgradError(
+                f"{' and '.join(both)} both say how much to measure. Remedy: give one"
+            )
         if share is not None and not 0 < share <= 1:
             raise FastgradError(f"share must be in (0, 1], got {share!r}")
         if examples is not None and (type(examples) is not int or examples < 1):
             raise FastgradError(f"examples must be a positive whole number, got {examples!r}")
-        if iter(batches) is batches:  # a generator could be read only once
+        if isinstance(batches, Iterator):  # could be read only once
             batches = list(batches)
-        self.batches, self.examples, self.share = batches, examples, share
+        self.batches, self.examples, self.share, self.at_most = batches, examples, share, at_most
         self._n: int | None = None
+        self._rows: int | None = None
 
     def __len__(self) -> int:
         """How many there are; read through once where the batches do not say."""
@@ -48,7 +60,8 @@ class HeldOut:
             try:
                 self._n = len(self.batches)  # type: ignore[arg-type]
             except TypeError:  # also a DataLoader of an iterable data set
-                self._n = sum(1 for _ in self.batches)
+                with unnoticed_draws():
+                    self._n = sum(1 for _ in self.batches)
         return self._n
 
     def chosen(self, multiple: int = 1) -> list[int]:
@@ -70,22 +83,22 @@ class HeldOut:
         if self.share is not None:
             wanted = math.ceil(round(self.share * n, 9))
         elif self.examples is not None:
-            wanted = math.ceil(self.examples / self._size_of_first())
+            wanted = math.ceil(self.examples / self.rows())
+        elif self.at_most is not None:
+            wanted = math.floor(round(min(self.at_most / self.rows(), n), 9))
         k = max(min(wanted, n) // multiple, 1) * multiple
         return [(2 * i + 1) * n // (2 * k) for i in range(k)]
 
-    def _size_of_first(self) -> int:
-        first = next(iter(self.batches))
-        values = first.values() if isinstance(first, Mapping) else (
-            first if isinstance(first, Sequence) else (first,)
-        )  # fmt: skip
-        for value in values:
-            if isinstance(value, Tensor) and value.ndim and len(value):
-                return len(value)
-        raise FastgradError(
-            "the examples of a validation batch cannot be counted: it holds no tensor. Remedy: "
-            "share=... instead of examples=..."
-        )
+    def rows(self) -> int:
+        """Examples in the first batch, which is read once.
+
+        Raises:
+            FastgradError: if it holds no tensor to count them by.
+        """
+        if self._rows is None:
+            with unnoticed_draws():  # a DataLoader draws a seed for its workers
+                self._rows = _rows_of(next(iter(self.batches)))
+        return self._rows
 
     def read(self, numbers: Sequence[int]) -> Iterator[Any]:
         """These batches, in ascending order."""
@@ -98,3 +111,16 @@ class HeldOut:
                 yield batch
             if i >= last:
                 return
+
+
+def _rows_of(batch: Any) -> int:
+    values = batch.values() if isinstance(batch, Mapping) else (
+        batch if isinstance(batch, Sequence) else (batch,)
+    )  # fmt: skip
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim and len(value):
+            return len(value)
+    raise FastgradError(
+        "the examples of a validation batch cannot be counted: it holds no tensor. Remedy: "
+        "share=..., which counts batches"
+    )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +14,7 @@ from fastgrad.errors import FastgradError, PartialError
 from fastgrad.granularity import Blocks
 from fastgrad.partial import Partial
 from fastgrad.probe import Probe, Reduction
-from fastgrad.random_state import random_states, restore
+from fastgrad.random_state import unnoticed_draws
 from fastgrad.stats import GradientStats
 from fastgrad.step_guard import NAME
 
@@ -62,13 +60,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for name, b in m._buffers.items()
         if b is not None and b.numel() <= _SMALL and not b.is_meta
     ]
-    states = random_states([p for p, _ in grads])
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002 (what collators draw from)
     try:
         model.eval()
         for p, _ in grads:
             p.grad = None
-        yield
+        with unnoticed_draws([p for p, _ in grads]):
+            yield
     finally:
         for p, grad in grads:
             p.grad = grad
@@ -79,9 +76,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-        restore(states)
-        random.setstate(others[0])
-        np.random.set_state(others[1])  # noqa: NPY002
 
 
 @contextlib.contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +30,23 @@ def restore(states: dict[torch.device, Tensor]) -> None:
             torch.set_rng_state(state)
         else:
             _module(device).set_rng_state(state, device)
+
+
+@contextlib.contextmanager
+def unnoticed_draws(tensors: Sequence[Tensor] = ()) -> Iterator[None]:
+    """What PyTorch, NumPy and Python draw inside is drawn again afterwards.
+
+    Args:
+        tensors: whose devices' generators are meant, beside the processor's.
+    """
+    states = random_states(tensors)
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002 (what collators draw from)
+    try:
+        yield
+    finally:
+        restore(states)
+        random.setstate(others[0])
+        np.random.set_state(others[1])  # noqa: NPY002
 
 
 def _module(device: torch.device) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +14,13 @@ from transformers import Trainer, TrainerCallback
 from fastgrad.blueprint_log import BlueprintLog, Measurement
 from fastgrad.blueprint_schedule import Schedule
 from fastgrad.errors import FastgradError
+from fastgrad.evaluation_budget import check
 from fastgrad.granularity import Blocks, check_blocks
 from fastgrad.held_out import HeldOut
 from fastgrad.identity import model_parameters
 from fastgrad.integrations.known import known
 from fastgrad.integrations.trainer_checkpoints import calling_trainer
+from fastgrad.integrations.trainer_evaluations import evaluated_in_all
 from fastgrad.measuring import Loss, own_loss, whole_weights
 from fastgrad.partial import Partial
 from fastgrad.probe import Reduction
@@ -57,8 +60,10 @@ class BlueprintCallback(TrainerCallback):
             other schedule is given. The end is always measured.
         steps: numbers of optimizer steps to measure after.
         every: measure after every so many optimizer steps.
-        examples, share: how many of the batches are measured, see :class:`fastgrad.BlueprintLog`;
-            16 at most by default.
+        examples, share, evaluation_share: how many of the batches are measured, see
+            :class:`fastgrad.BlueprintLog`; 16 at most by default.
+        evaluated_examples: what ``evaluation_share`` is a share of; by default the examples of all
+            evaluations that the Trainer's arguments plan, over all its evaluation data sets.
         blocks: granularity of the blueprint.
         domain_tags: what the data is about, for the blueprint.
         output_dir: where ``gradient_blueprint.json`` goes; the Trainer's by default.
@@ -82,6 +87,8 @@ class BlueprintCallback(TrainerCallback):
         every: int | None = None,
         examples: int | None = None,
         share: float | None = None,
+        evaluation_share: float | None = None,
+        evaluated_examples: int | None = None,
         blocks: Blocks = "module",
         domain_tags: Sequence[str] = (),
         output_dir: str | os.PathLike[str] | None = None,
@@ -94,10 +101,14 @@ class BlueprintCallback(TrainerCallback):
     ) -> None:
         check_blocks(blocks)
         Schedule.of(at, steps, every)
-        self.batches = HeldOut(validation_batches, examples, share).batches
+        check(evaluation_share, evaluated_examples)
+        # How many examples the share is, is known when training begins.
+        some = None if evaluation_share is None else math.inf
+        self.batches = HeldOut(validation_batches, examples, share, some).batches
         self.output_dir, self.partial, self.log_parameters = output_dir, partial, log_parameters
         self._options: dict[str, Any] = {
             "at": at, "steps": steps, "every": every, "examples": examples, "share": share,
+            "evaluation_share": evaluation_share, "evaluated_examples": evaluated_examples,
             "blocks": blocks, "domain_tags": list(domain_tags), "loss_reduction": loss_reduction,
             "per_example": per_example, "frozen": frozen, "loss": loss,
         }  # fmt: skip
@@ -124,10 +135,13 @@ class BlueprintCallback(TrainerCallback):
                 " frozen=[...] measures them too",
                 stacklevel=2,
             )
+        options = dict(self._options)
+        if options["evaluation_share"] is not None and options["evaluated_examples"] is None:
+            options["evaluated_examples"] = evaluated_in_all(
+                calling_trainer(), state, kwargs.get("train_dataloader")
+            )
         self.blueprint = None
-        self.log = BlueprintLog(
-            model, self.batches, state.max_steps, partial=partial, **self._options
-        )
+        self.log = BlueprintLog(model, self.batches, state.max_steps, partial=partial, **options)
         if _STATE in state.stateful_callbacks:
             self.log.load_state_dict(state.stateful_callbacks[_STATE])
 
