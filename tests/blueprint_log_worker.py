@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,29 @@ def trainer_run(folder: Path) -> dict[str, Any]:
         "steps": [m.step for m in again.measurements],
         "logged": sum("blueprint_loss" in e for e in watched.state.log_history),
     }  # fmt: skip
+
+
+@scenario
+def evaluation_share(folder: Path) -> dict[str, Any]:
+    """Batches of 2 examples and one measurement: at 2 %, 400 evaluated examples pay for one."""
+
+    def measured(model: nn.Module, batches: int) -> tuple[int, float | None, list[str]]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            log = fg.BlueprintLog(
+                model, HELD_OUT, STEPS, at=[1.0], evaluation_share=0.02,
+                evaluated_examples=400 * batches,
+            )  # fmt: skip
+            found = log.blueprint()
+        texts = [str(w.message) for w in told if "evaluation_share" in str(w.message)]
+        return found.n_examples, log.evaluation_share, texts
+
+    return {
+        "ddp": measured(DistributedDataParallel(make()), 3),
+        "ddp_few": measured(DistributedDataParallel(make()), 1),
+        "fsdp": measured(shard(make()), 5),  # of 5, 4 can be measured by two
+        "fsdp_few": measured(shard(make()), 1),
+    }
 
 
 @scenario

@@ -6,7 +6,7 @@ import pytest
 
 from tests.processes import launched
 
-QUICK = ("ddp_find_unused", "fsdp", "refusals")
+QUICK = ("ddp_find_unused", "fsdp", "evaluation_share", "refusals")
 
 
 def run(out, names=()):
@@ -37,6 +37,16 @@ def check(every):
 @pytest.mark.parametrize("name", ["ddp_find_unused", "fsdp"])
 def test_two_processes_measure_what_one_does(quick, name):
     check(quick[name])
+
+
+def test_a_share_of_evaluation_is_that_of_all_processes_together(quick):
+    for found in quick["evaluation_share"]:
+        assert found["ddp"] == [6, pytest.approx(0.02), []]
+        assert found["ddp_few"] == [2, pytest.approx(0.02), []]
+        assert found["fsdp"] == [8, pytest.approx(0.016), []]
+        examples, share, (told,) = found["fsdp_few"]
+        assert (examples, share) == (4, pytest.approx(0.04))
+        assert "the least that is measured is 2 batches, one for each process, of 2" in told
 
 
 def test_what_several_processes_cannot_measure_is_refused_on_all(quick):
