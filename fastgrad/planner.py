@@ -9,6 +9,7 @@ forward pass but the loss, and sets gradients to None after the step.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -130,6 +131,10 @@ class MemoryPlanner:
     Args:
         model, optimizer, batch_shape, master_dtype: as for :func:`plan_memory`.
 
+    Attributes:
+        not_folded: why all layers are run although they look alike, once that was found out; empty
+            if they are not.
+
     Raises:
         ResourceError: for an unknown optimizer or a batch shape that is none.
     """
@@ -150,6 +155,7 @@ class MemoryPlanner:
         self._optimizer, self._batch_shape = optimizer, batch_shape
         self._master_dtype = master_dtype
         self._runs: dict[Any, tuple[dict[str, int], dict[str, int]]] = {}
+        self.not_folded = ""
         repeats = None if batch_shape is None else find_repeats(model)
         self._folded: FoldedPasses | None = None
         if repeats is not None and batch_shape is not None:
@@ -225,8 +231,9 @@ class MemoryPlanner:
             bytes_.restart()
             with bytes_, run.explained("optimizer step"):
                 optimizer.step()
-            if self._optimizer == "adamw":
-                bytes_.at_most[TEMPORARY] += working_copies(partial.parameters())
+            if self._optimizer == "adamw" and run.device.type == "cpu":
+                trained = [(tuple(p.shape), p.dtype) for p in partial.parameters()]
+                bytes_.at_most[TEMPORARY] += working_copies(trained)
         return passes, bytes_.at_most
 
     def _put_together(
@@ -245,22 +252,19 @@ class MemoryPlanner:
         standing = {t: terms[t] for t in ("weights", "buffers", "packed", "optimizer")}
         try:
             passes = self._folded.of(selection, Counter(standing))
-        except Irregular:
-            self._folded = None
+        except Irregular as error:
+            self._folded, self.not_folded = None, str(error)
             return None
         run, bytes_ = self._folded.run, LiveBytes()
         with run.active():
             trained = [
-                torch.empty(
-                    packed_shape(selection, n, self._own[n]),
-                    dtype=dtype or self._own[n].dtype,
-                    device=run.device,
-                )
+                (packed_shape(selection, n, self._own[n]), dtype or self._own[n].dtype)
                 for n in selection.blocks
             ]
-            stepped = trained
+            some = trained
             if self._optimizer == "adamw":  # allocates for lists of tensors, not for each
-                stepped = [torch.empty_like(p) for p in {p.dtype: p for p in trained}.values()]
+                some = list({kind: (shape, kind) for shape, kind in trained}.values())
+            stepped = [torch.empty(s, dtype=kind, device=run.device) for s, kind in some]
             optimizer = _OPTIMIZERS[self._optimizer](stepped)
             _make_state(optimizer, run)
             for p in stepped:
@@ -270,7 +274,7 @@ class MemoryPlanner:
             bytes_.restart()
             with bytes_, run.explained("optimizer step"):
                 optimizer.step()
-            if self._optimizer == "adamw":
+            if self._optimizer == "adamw" and run.device.type == "cpu":
                 bytes_.at_most[TEMPORARY] += working_copies(trained)
         at_most = Counter(passes.left)
         at_most[TEMPORARY] += bytes_.at_most[TEMPORARY]
@@ -310,20 +314,24 @@ def packed_shape(selection: Selection, name: str, p: Tensor) -> tuple[int, ...]:
     return len(selection.blocks[name]), grid.block_rows, grid.block_cols
 
 
-def working_copies(trained: Iterable[Tensor]) -> int:
+def working_copies(trained: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> int:
     """Bytes of the float32 copies through which our update on a CPU takes parameters of lower
-    precision, a piece at a time."""
+    precision, of these shapes and dtypes, a piece at a time."""
     most = 0
     kinds: dict[Any, int] = {}  # elements that wait for the next update, by list of the step
-    for p in trained:
-        if p.device.type != "cpu" or p.dtype not in (torch.bfloat16, torch.float16):
+    for shape, dtype in trained:
+        if dtype not in (torch.bfloat16, torch.float16):
             continue
-        unit = p[0].numel() if p.ndim == 3 else 1
-        size = max(PIECE // unit, 1) * unit
-        for start in range(0, p.numel(), size):
-            waiting = kinds.get(p.dtype, 0) + min(size, p.numel() - start)
+        unit = shape[1] * shape[2] if len(shape) == 3 else 1
+        size, left = max(PIECE // unit, 1) * unit, math.prod(shape)
+        waiting = kinds.get(dtype, 0)
+        while left > 0:
+            piece = min(size, left)
+            left -= piece
+            waiting += piece
             most = max(most, waiting)
-            kinds[p.dtype] = 0 if waiting >= PIECE else waiting
+            waiting = 0 if waiting >= PIECE else waiting
+        kinds[dtype] = waiting
     return 2 * torch.float32.itemsize * most  # of the parameter and of its gradient
 
 
