@@ -2,9 +2,10 @@
 
 The matrix lies in a file (4 GB), as a measurement larger than memory does; time and highest memory
 are those of the choice alone, in a process of its own for each strategy, and the result is checked
-against sums made anew from the file.
+against sums made anew from the file. The file has just been written or checked, so where memory has
+room for it, it is read from the system's cache.
 
-    python bench/joint_cost.py                       # 10,000 x 100,000, two to three minutes
+    python bench/joint_cost.py --output bench/results/joint_cost.json   # about four minutes
     python bench/joint_cost.py --blocks 500 --examples 5000
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-STRATEGIES = ("marginal", "alternating")  # low_rank holds the matrix in memory
+STRATEGIES = ("marginal", "alternating", "low_rank")
 AIM_SECONDS, AIM_BYTES = 60.0, 4 * 2**30
 
 
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("--examples-share", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where the matrix goes for the while")
+    parser.add_argument("--matrix", type=Path, help="a file to write it to, if it is not there "
+                        "already, and to keep")  # fmt: skip
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--measure", nargs=2, metavar=("FILE", "STRATEGY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -78,8 +81,11 @@ def main() -> None:
     from timing import environment
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        path = Path(folder) / "influence.npy"
-        write(path, args.blocks, args.examples, args.seed)
+        path = args.matrix or Path(folder) / "influence.npy"
+        if not path.exists():
+            write(path, args.blocks, args.examples, args.seed)
+        elif (shape := np.load(path, mmap_mode="r").shape) != (args.blocks, args.examples):
+            parser.error(f"{path} holds another matrix, {shape}. Remedy: another --matrix")
         rows = []
         for strategy in STRATEGIES:
             command = [sys.executable, __file__, "--measure", str(path), strategy]
@@ -94,8 +100,10 @@ def main() -> None:
                   f"most, share {row['share']:.3f}, {row['rounds']} rounds: aim "
                   f"{'met' if met else 'missed'}")  # fmt: skip
     if args.output:
-        settings = {k: v for k, v in vars(args).items() if k not in ("output", "measure", "folder")}
-        data = {"environment": environment(), "settings": settings, "rows": rows,
+        left_out = ("output", "measure", "folder", "matrix")
+        settings = {k: v for k, v in vars(args).items() if k not in left_out}
+        env = environment() | {"numpy": np.__version__}
+        data = {"environment": env, "settings": settings, "rows": rows,
                 "aim": {"seconds": AIM_SECONDS, "bytes": AIM_BYTES}}  # fmt: skip
         args.output.write_text(json.dumps(data, indent=1) + "\n")
 

@@ -263,6 +263,25 @@ def partial_step() -> str:
     return "\n".join(lines)
 
 
+def joint_cost() -> str:
+    """What the joint choice takes at the size of the aim, a sentence."""
+    data = json.loads((RESULTS / "joint_cost.json").read_text())
+    env, settings, aim = data["environment"], data["settings"], data["aim"]
+    met = all(r["seconds"] <= aim["seconds"] and r["peak_bytes"] <= aim["bytes"]
+              for r in data["rows"])  # fmt: skip
+    found = "; ".join(
+        f"`{r['strategy']}` {r['seconds']:.0f} s and {r['peak_bytes'] / 2**30:.2f} GiB"
+        for r in data["rows"]
+    )
+    return (
+        f"{settings['blocks']:,} blocks x {settings['examples']:,} examples of generated "
+        f"heavy-tailed influence, float32 in a file that the system holds in its cache: {found} at "
+        f"most (aim: {aim['seconds']:.0f} s and {aim['bytes'] / 2**30:.0f} GiB on 2 cores, "
+        f"{'met' if met else '**missed**'}). {env['date']}, {env['processor']}, {_threads(env)}, "
+        f"torch {env['torch']}, NumPy {env['numpy']}; `python bench/joint_cost.py`."
+    )
+
+
 def experiment(name: str) -> Callable[[], str]:
     """Table and figure of ``bench/experiments/<name>.py``."""
 
@@ -283,6 +302,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/train.md": {
         "peers": peers, "optimizer-step": optimizer_step, "partial-step": partial_step,
     },
+    "docs/influence.md": {"joint-cost": joint_cost},
     "docs/findings.md": {name: experiment(name) for name in EXPERIMENTS},
     "docs/blueprint.md": {"minilm": minilm_report.section},
     "docs/kernels.md": {

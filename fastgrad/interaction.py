@@ -7,10 +7,12 @@ one example strength).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastgrad.concentration import FloatArray, check_bootstrap, frozen, plain
 from fastgrad.errors import StatsError
@@ -20,6 +22,8 @@ from fastgrad.mass import MassMatrix
 EXACT = 1500
 #: Singular values computed beyond that, by a randomised method.
 RANK = 64
+#: Further columns of the randomised method, and how often it goes through the matrix.
+OVERSAMPLING, PASSES = 16, 5
 #: The permutation test looks at no more than this many rows and columns, drawn at random.
 TEST_ROWS, TEST_COLUMNS = 400, 1500
 SIGNIFICANCE = 0.05
@@ -81,7 +85,8 @@ def spectrum(matrix: FloatArray, seed: int = 0) -> Spectrum:
         # Through the matrix itself, not its square: small singular values keep their digits.
         values = np.linalg.svd(np.asarray(matrix, dtype=np.float64), compute_uv=False)
     else:
-        values = leading_patterns(matrix, RANK, seed)[1].astype(np.float64)
+        whole = np.asarray(matrix, dtype=np.float64)
+        values = leading_patterns(lambda: [(slice(None), whole)], whole.shape, RANK, seed)[1]
     sq = values**2
     p = values[values > 0] / values.sum()
     return Spectrum(
@@ -96,21 +101,37 @@ def spectrum(matrix: FloatArray, seed: int = 0) -> Spectrum:
 
 
 def leading_patterns(
-    matrix: FloatArray, rank: int, seed: int
+    parts: Callable[[], Iterable[tuple[slice, npt.NDArray[np.floating]]]],
+    shape: tuple[int, int],
+    rank: int,
+    seed: int,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """``U [m, rank]``, singular values ``[rank]`` and ``V [n, rank]`` of the leading patterns, by
-    the randomised method of Halko, Martinsson and Tropp; in the matrix' precision."""
-    import torch
+    the randomised subspace iteration of Halko, Martinsson and Tropp (algorithm 4.4).
 
-    state = torch.random.get_rng_state()
-    try:
-        torch.manual_seed(seed)  # svd_lowrank takes no generator
-        whole = torch.from_numpy(np.ascontiguousarray(matrix))
-        q = min(rank + 16, *matrix.shape)
-        u, values, v = torch.svd_lowrank(whole, q=q, niter=4)
-    finally:
-        torch.random.set_rng_state(state)
-    return u[:, :rank].numpy(), values[:rank].numpy(), v[:, :rank].numpy()
+    The matrix is gone through :data:`PASSES` times, stretch by stretch, and multiplied in its own
+    precision, each time by itself and its transpose: singular values below the square root of that
+    precision, as a share of the largest, are lost.
+
+    Args:
+        parts: gives the rows of the matrix ``[m, n]`` anew, as ``(which, values)``.
+        shape: ``(m, n)``.
+        rank: patterns wanted.
+        seed: of the random start.
+    """
+    m, n = shape
+    width = min(rank + OVERSAMPLING, m, n)
+    side = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, width)))[0]
+    for _ in range(PASSES - 1):
+        total = np.zeros((n, width))
+        for _, part in parts():
+            total += part.T @ (part @ side.astype(part.dtype))
+        side = np.linalg.qr(total)[0]
+    image = np.empty((m, width))
+    for rows, part in parts():
+        image[rows] = part @ side.astype(part.dtype)
+    left, values, turn = np.linalg.svd(image, full_matrices=False)
+    return left[:, :rank], values[:rank], side @ turn[:rank].T
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from fastgrad.concentration import FloatArray, IntArray
 from fastgrad.errors import SelectionError
 from fastgrad.filling import Elements, fill
 from fastgrad.interaction import leading_patterns
-from fastgrad.mass import MassMatrix
+from fastgrad.mass import MassMatrix, Rows
 
 Bools = npt.NDArray[np.bool_]
 Strategy = Literal["marginal", "alternating", "low_rank"]
@@ -118,7 +118,7 @@ def choose_jointly(
 
     Args:
         mass: see :class:`fastgrad.mass.MassMatrix`. Of a matrix in a file, a few rows are in
-            memory at a time, except for ``low_rank``.
+            memory at a time.
         parameters: fraction of the parameters, 0 < k <= 1: blocks are taken whole as long as they
             fit.
         examples: fraction of the examples, 0 < q <= 1, rounded down to at least one.
@@ -340,15 +340,29 @@ class _Quota:
         return np.concatenate((order[must], order[may & ~must]))
 
 
+class _Patterns(Rows):
+    """The leading patterns of ``T``, squared; rows are made when asked for."""
+
+    def __init__(self, left: FloatArray, right: FloatArray, dtype: Any) -> None:
+        self.left, self.right = left.astype(dtype), np.ascontiguousarray(right.T.astype(dtype))
+        self.shape, self.dtype = (len(left), len(right)), np.dtype(dtype)
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[np.floating]:
+        found = self.left[rows] @ self.right
+        np.maximum(found, 0, out=found)
+        return np.square(found, out=found)
+
+
 def _smoothed(mass: MassMatrix, rank: int, seed: int) -> MassMatrix:
     """The leading patterns of ``T``, squared."""
-    if not 1 <= rank < min(mass.n_blocks, mass.n_examples):
+    if not 1 <= rank < min(mass.values.shape):
         raise SelectionError(f"rank={rank} must lie in 1..{min(mass.values.shape) - 1}")
-    left, values, right = leading_patterns(np.sqrt(mass.in_memory()), rank, seed)
-    squares = np.maximum((left * values) @ right.T, 0) ** 2
-    if not squares.any():
-        raise SelectionError(f"the leading {rank} patterns hold nothing; use another strategy")
-    return MassMatrix.of(squares, mass.sizes, mass.names, mass.example_ids)
+    left, values, right = leading_patterns(
+        lambda: ((rows, np.sqrt(part)) for rows, part in mass.stretches()),
+        mass.values.shape, rank, seed,
+    )  # fmt: skip
+    patterns = _Patterns(left * values, right, mass.values.dtype)
+    return MassMatrix.of(patterns, mass.sizes, mass.names, mass.example_ids)
 
 
 __all__ = ["STRATEGIES", "JointChoice", "JointCost", "Strategy", "choose_jointly"]

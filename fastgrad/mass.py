@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,26 @@ from fastgrad.stats import GradientStats, Scale
 STRETCH = 1 << 25
 
 
-class NpyRows:
+class Rows:
+    """A matrix of which a stretch of rows is read or made when asked for.
+
+    Attributes:
+        shape: ``(rows, columns)``.
+        dtype: float32 or float64.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[np.floating]:
+        """Some rows, one after the other; those asked for before may be asked for again."""
+        raise NotImplementedError
+
+
+class NpyRows(Rows):
     """A matrix in an ``.npy`` file of which rows are read when asked for.
 
     A memory-mapped array would count as memory of the process, page by page, until all of it is;
@@ -55,9 +73,6 @@ class NpyRows:
             raise StatsError(f"{self.path} is cut off: {os.path.getsize(self.path)} bytes of "
                              f"{wanted}")
 
-    def __len__(self) -> int:
-        return int(self.shape[0])
-
     def __getitem__(self, rows: slice) -> npt.NDArray[np.floating]:
         if not isinstance(rows, slice) or rows.step not in (None, 1):
             raise StatsError(f"{self.path} is read in stretches of rows, not by {rows!r}")
@@ -77,12 +92,14 @@ class MassMatrix:
 
     Attributes:
         values: ``[R, E]`` float64 or float32, finite, not negative; in memory, or
-            :class:`NpyRows`.
+            :class:`Rows`.
         sizes: int64 ``[R]`` elements of each block.
         names: parameter of each row.
         blocks: int64 ``[R]`` number of the block within its parameter.
         example_ids: int64 ``[E]``.
         left_out: parameters without a row, because their influence is not known.
+        by_block: float64 ``[R]`` mass of each block, all examples together.
+        by_example: float64 ``[E]`` mass of each example, all blocks together.
     """
 
     values: Any
@@ -91,14 +108,21 @@ class MassMatrix:
     blocks: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     example_ids: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     left_out: tuple[str, ...] = ()
+    by_block: FloatArray = field(init=False)
+    by_example: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
-        for rows, part in self.stretches():
-            fine = np.isfinite(part.sum(1, dtype=np.float64)) & (part.min(1) >= 0)
+        by_block, by_example = np.empty(self.n_blocks), np.zeros(self.n_examples)
+        for rows, part in self.stretches():  # margins and check in one reading
+            by_block[rows] = part.sum(1, dtype=np.float64)
+            by_example += part.sum(0, dtype=np.float64)
+            fine = np.isfinite(by_block[rows]) & (part.min(1) >= 0)
             if not fine.all():
                 name = self.names[rows.start + int(np.flatnonzero(~fine)[0])]
                 raise StatsError(f"{name}: influence must be finite and not negative. Remedy: "
                                  "leave out the examples whose gradient is NaN or infinite")
+        object.__setattr__(self, "by_block", frozen(by_block))
+        object.__setattr__(self, "by_example", frozen(by_example))
         total = float(self.by_block.sum())
         if not total:
             raise StatsError("there is no influence at all: every gradient is zero")
@@ -109,7 +133,7 @@ class MassMatrix:
     @classmethod
     def of(
         cls,
-        values: npt.ArrayLike | NpyRows,
+        values: npt.ArrayLike | Rows,
         sizes: npt.ArrayLike | None = None,
         names: Sequence[str] | None = None,
         example_ids: npt.ArrayLike | None = None,
@@ -126,7 +150,7 @@ class MassMatrix:
             StatsError: if the arrays do not fit each other, there is no row or column, or a value
                 is NaN, infinite or negative.
         """
-        v: Any = values if isinstance(values, NpyRows) else np.asarray(values)
+        v: Any = values if isinstance(values, Rows) else np.asarray(values)
         if v.dtype.kind not in "fiub":
             raise StatsError(f"values must be real numbers, got {v.dtype}")
         if v.dtype not in (np.float32, np.float64):
@@ -199,24 +223,6 @@ class MassMatrix:
             rows = slice(start, min(start + step, self.n_blocks))
             yield rows, self.values[rows]
 
-    @cached_property
-    def by_block(self) -> FloatArray:
-        """``[R]`` mass of each block, all examples together."""
-        return self._margins[0]
-
-    @cached_property
-    def by_example(self) -> FloatArray:
-        """``[E]`` mass of each example, all blocks together."""
-        return self._margins[1]
-
-    @cached_property
-    def _margins(self) -> tuple[FloatArray, FloatArray]:
-        by_block, by_example = np.empty(self.n_blocks), np.zeros(self.n_examples)
-        for rows, part in self.stretches():
-            by_block[rows] = part.sum(1, dtype=np.float64)
-            by_example += part.sum(0, dtype=np.float64)
-        return frozen(by_block), frozen(by_example)
-
     def on_examples(self, chosen: npt.NDArray[np.bool_]) -> FloatArray:
         """``[R]`` mass of each block on these examples, ``[E]``."""
         if chosen.all():
@@ -241,4 +247,4 @@ class MassMatrix:
         return self.values if isinstance(self.values, np.ndarray) else self.values[:]
 
 
-__all__ = ["MassMatrix", "NpyRows"]
+__all__ = ["MassMatrix", "NpyRows", "Rows"]

@@ -94,12 +94,20 @@ def test_a_matrix_in_a_file_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("fastgrad.mass.STRETCH", 4 * 60 * 5)
     values = kinds().values.astype(np.float32)
     np.save(tmp_path / "m.npy", values)
+    read, sizes = NpyRows.__getitem__, []
+
+    def watched(self, rows):
+        sizes.append(len(found := read(self, rows)))
+        return found
+
+    monkeypatch.setattr(NpyRows, "__getitem__", watched)
     for strategy in STRATEGIES:
         a = choose_jointly(MassMatrix.of(values), 0.3, 0.2, strategy=strategy)
         b = choose_jointly(MassMatrix.of(NpyRows(tmp_path / "m.npy")), 0.3, 0.2, strategy=strategy)
         np.testing.assert_array_equal(a.blocks, b.blocks)
         np.testing.assert_array_equal(a.examples, b.examples)
         assert a.share == pytest.approx(b.share)
+    assert max(sizes) == 5  # never more than a stretch of it
 
 
 # -- budgets and quotas ------------------------------------------------------------------
