@@ -105,6 +105,10 @@ class Run:
             "cpu_seconds": used.get("cpu_seconds", math.nan),
         }
 
+    def batch(self, prepared: Prepared, rows: Tensor) -> Tensor:
+        """What a step trains on, given the rows whose turn it is."""
+        return rows
+
     def train(
         self, prepared: Prepared, rate: float, steps: int, number: int | None = None
     ) -> dict[str, float]:
@@ -121,7 +125,7 @@ class Run:
             with meter.step():
                 for group in optimizer.param_groups:
                     group["lr"] = rate * rate_factor(step, settings.steps)
-                part = rows[index]
+                part = self.batch(prepared, rows[index])
                 loss = prepared.model(input_ids=part, labels=part).loss
                 loss.backward()
                 if number is None:
