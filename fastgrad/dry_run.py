@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,8 @@ class DryRun:
         model: on any device, the meta device included.
         batch_shape: ``(rows, tokens)`` of a text model's batch.
         repeats, kept: copy these layers alone of the ones that repeat, in this order.
+        stand_in: ``(number, layer) -> module`` for the other layers; without it the copy has none
+            in their place.
 
     Raises:
         ResourceError: if ``batch_shape`` is no pair of positive numbers, or the model cannot be
@@ -114,6 +116,7 @@ class DryRun:
         batch_shape: tuple[int, int],
         repeats: Repeats | None = None,
         kept: Sequence[int] = (),
+        stand_in: Callable[[int, nn.Module], nn.Module] | None = None,
     ) -> None:
         check_batch_shape(batch_shape)
         self.batch_shape = batch_shape
@@ -124,12 +127,18 @@ class DryRun:
             raise ResourceError("a model without parameters cannot be planned")
         device = next(iter(own.values())).device
         self.device = torch.device("cpu") if device.type == "meta" else device
-        self.model = self._copy(unwrapped(model), repeats, kept)
+        self.model = self._copy(unwrapped(model), repeats, kept, stand_in)
         #: The layers that repeat, of which there may be fewer than in the model.
         self.layers = [] if repeats is None else list(self.model.get_submodule(repeats.path))  # type: ignore[call-overload]
         self.partial: Partial | None = None
 
-    def _copy(self, model: nn.Module, repeats: Repeats | None, kept: Sequence[int]) -> nn.Module:
+    def _copy(
+        self,
+        model: nn.Module,
+        repeats: Repeats | None,
+        kept: Sequence[int],
+        stand_in: Callable[[int, nn.Module], nn.Module] | None,
+    ) -> nn.Module:
         memo: dict[int, Any] = {}
         layers: Any = None if repeats is None else model.get_submodule(repeats.path)
         dropped: set[nn.Module] = set()
@@ -146,7 +155,13 @@ class DryRun:
                         memo[id(b)] = self._buffer(b)
         try:
             if layers is not None:
-                memo[id(layers)] = nn.ModuleList(copy.deepcopy(layers[i], memo) for i in kept)
+                copies = {i: copy.deepcopy(layers[i], memo) for i in kept}
+                if stand_in is not None:
+                    copies = {
+                        i: copies[i] if i in copies else stand_in(i, layer)
+                        for i, layer in enumerate(layers)
+                    }
+                memo[id(layers)] = nn.ModuleList(copies.values())
             twin = copy.deepcopy(model, memo)
         except Exception as error:
             raise ResourceError(
@@ -156,7 +171,7 @@ class DryRun:
         for module in twin.modules():
             if isinstance(module, PartialModule):
                 uninstall(module)
-        if layers is not None:
+        if layers is not None and stand_in is None:
             for position, (i, layer) in enumerate(zip(kept, memo[id(layers)], strict=True)):
                 for module in layer.modules():
                     module.__dict__.update(dict.fromkeys(numbers_of(module, i), position))

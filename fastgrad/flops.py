@@ -27,6 +27,7 @@ from fastgrad.identity import model_parameters
 from fastgrad.plans import Plan, with_unit
 from fastgrad.resources import ADAMW_FLOPS_PER_PARAM
 from fastgrad.selection import Selection
+from fastgrad.turns import check_turns
 
 #: Elementwise operations of one update per trained weight, counted from the update rules.
 OPTIMIZER_FLOPS = {
@@ -88,6 +89,9 @@ class FlopPlanner:
     Args:
         model, batch_shape, optimizer: as for :func:`plan_flops`.
 
+    Attributes:
+        not_folded: why all layers are run although they look alike; empty if they are not.
+
     Raises:
         ResourceError: as :func:`plan_flops`.
     """
@@ -106,12 +110,15 @@ class FlopPlanner:
         if self._repeats is not None:  # one layer of each structure, and the last one
             structures, last = self._repeats.structures, self._repeats.count - 1
             self._kept = sorted({structures.index(s) for s in structures[:-1]} | {last})
+        self.not_folded = ""
         try:
+            if self._repeats is not None:
+                check_turns(model, batch_shape, self._repeats)
             self._whole = Graph(self._dry_run(), None, self._repeats, self._kept)
-        except (Irregular, ResourceError):
+        except (Irregular, ResourceError) as error:
             if self._repeats is None:
                 raise
-            self._repeats, self._kept = None, []
+            self._repeats, self._kept, self.not_folded = None, [], str(error)
             self._whole = Graph(self._dry_run(), None)
         self._by_block: dict[Any, _BlockCosts] = {}
         self._measured: dict[Any, int] = {}

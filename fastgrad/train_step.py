@@ -5,9 +5,9 @@ The passes of a model whose layers repeat are put together from those of a short
 on whether its input needs a gradient, not on which one it is. Four layers are always run with the
 candidate's own selection: the first and the last, for what comes before and behind them; the lowest
 one that needs a gradient; and the next, which is the first to save what all layers are given, such
-as rotary embeddings. Where a model does not keep to that, which is looked at in every run, the
-whole model is run instead. A model that says by number which layers it runs, and runs one of the
-upper ones again, cannot be told from one that does not.
+as rotary embeddings. Where a model does not keep to that, which is looked at in every run and, for
+what a short model cannot show, once around the layers of the whole one (:mod:`fastgrad.turns`), the
+whole model is run instead.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fastgrad.folding import Irregular, Repeats
 from fastgrad.identity import model_parameters
 from fastgrad.live_bytes import LiveBytes, Section
 from fastgrad.selection import Selection
+from fastgrad.turns import check_turns
 
 _BEFORE = -1  # the section before the first layer
 
@@ -200,6 +201,7 @@ class FoldedPasses:
         self._layers: dict[Any, _Layer] = {}
         self._checked: set[Any] = set()
         self._feeding: set[str] | None = None
+        self._in_turn = False
         self._latest: DryRun | None = None
 
     def of(self, selection: Selection, standing: Counter[str]) -> Passes:
@@ -209,9 +211,12 @@ class FoldedPasses:
             standing: bytes by kind before the step.
 
         Raises:
-            Irregular: if they cannot be put together.
+            Irregular: if they cannot be put together, saying why.
             ResourceError: if the model does not run on fake tensors.
         """
+        if not self._in_turn:
+            check_turns(self._model, self._shape, self._repeats)
+            self._in_turn = True
         count = self._repeats.count
         keys, lowest = self._keys(selection)
         ends = {i for i in (0, lowest, lowest + 1, count - 1) if i < count}

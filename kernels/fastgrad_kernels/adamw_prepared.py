@@ -81,7 +81,7 @@ class Prepared:
         on_host = all(s.is_cpu and s.dtype == torch.float32 for s in steps)
         self._counts: list[Any] | None = None
         if on_host:
-            self._counts = [memoryview(s.detach().view(-1).numpy()) for s in steps]
+            self._counts = [s.detach().view(-1).numpy().data for s in steps]
         written = [f for f in fulls if f.numel()]
         self._changed = [*params, *exp_avgs, *exp_avg_sqs, *steps, *written]
         self._strides = [p.stride() for p in params]
