@@ -1,15 +1,18 @@
 """What does BlueprintCallback cost, beside the evaluation that a run makes anyway?
 
-    python bench/callback_cost.py                                       # two minutes
+    python bench/callback_cost.py                                       # four minutes
     python bench/callback_cost.py --json bench/results/callback_cost.json
 
-Three figures, in processor time on one thread:
+Four figures, in processor time on one thread:
 
 1. Measuring against the plain forward and backward passes that it needs, and against evaluation
    (forward passes without gradients), on the same batches, interleaved.
 2. A whole Trainer run: all seconds in the callback against all seconds in ``Trainer.evaluate``, at
-   defaults and with one batch in each measurement.
-3. The callback where nothing is due, for each training step.
+   defaults, with one batch in each measurement, and with ``evaluation_share`` in a run of more
+   evaluations.
+3. What does not grow with the batches that are measured: the hash of the weights, hooks and
+   stand-ins, the fits of the blueprint.
+4. The callback where nothing is due, for each training step.
 
 Before anything is timed: measured norms are those of gradients made by hand, and the run's
 weights are bit for bit those of a run without the callback.
@@ -37,6 +40,9 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
+from fastgrad.blueprint_log import BlueprintLog
+from fastgrad.evaluation_budget import COST
+from fastgrad.identity import weights_hash
 from fastgrad.integrations.transformers import BlueprintCallback, measure
 from overhead_models import VOCAB, Shape, llama
 from step_overhead import cpu_seconds
@@ -62,6 +68,8 @@ class Size:
     validation: int = 60  # batches that an evaluation of the run reads
     steps: int = 20
     evaluations: int = 4
+    share_validation: int = 240  # of the run with ``evaluation_share``: pays for 4 batches exactly
+    share_evaluations: int = 10
 
 
 @dataclass
@@ -83,6 +91,7 @@ class Run:
     measured_batches: int
     measurements: int
     evaluations: int
+    evaluated_batches: int  # in each
     evaluation_seconds: float
     callback_seconds: float
     passes_seconds: float  # of plain forward and backward passes over as many batches
@@ -189,15 +198,34 @@ class TimedTrainer(Trainer):
         return found
 
 
-def trained(size: Size, callback: Timed | None) -> tuple[TimedTrainer, float]:
+@dataclass(frozen=True)
+class Kind:
+    """Of a run: evaluations, batches in each, and how many of them are measured."""
+
+    evaluations: int
+    validation: int
+    options: dict[str, Any]
+
+
+def kinds_of(size: Size) -> dict[str, Kind]:
+    few = size.evaluations, size.validation
+    many = size.share_evaluations, size.share_validation
+    return {
+        "defaults": Kind(*few, {}),
+        "one batch each": Kind(*few, {"examples": 1}),
+        f"evaluation_share={AIM}": Kind(*many, {"evaluation_share": AIM}),
+    }
+
+
+def trained(size: Size, kind: Kind, callback: Timed | None) -> tuple[TimedTrainer, float]:
     """A run, and its seconds; without evaluations if there is no callback."""
-    held_out = Rows(size.validation * size.rows, size.tokens, 2)
+    held_out = Rows(kind.validation * size.rows, size.tokens, 2)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=size.steps, per_device_train_batch_size=size.rows,
             per_device_eval_batch_size=size.rows,
             eval_strategy="no" if callback is None else "steps",
-            eval_steps=size.steps // size.evaluations, prediction_loss_only=True,
+            eval_steps=size.steps // kind.evaluations, prediction_loss_only=True,
             save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, seed=0,
             dataloader_pin_memory=False, logging_steps=size.steps,
         )  # fmt: skip
@@ -213,16 +241,16 @@ def trained(size: Size, callback: Timed | None) -> tuple[TimedTrainer, float]:
 
 
 def whole_run(size: Size, rounds: int) -> list[Run]:
-    """Runs at defaults and with one batch in each measurement, in turn; medians of the rounds."""
-    held_out = batches_of(Rows(size.validation * size.rows, size.tokens, 2), size.rows)
-    bare, _ = trained(size, None)
+    """Runs of each kind, in turn; medians of the rounds."""
+    kinds = kinds_of(size)
+    bare, _ = trained(size, kinds["defaults"], None)
     expected = bare.model.state_dict()
-    kinds = {"defaults": {}, "one batch each": {"examples": 1}}
     found: dict[str, list[Run]] = {name: [] for name in kinds}
     for _ in range(rounds):
-        for name, options in kinds.items():
-            callback = Timed(held_out, **options)
-            trainer, seconds = trained(size, callback)
+        for name, kind in kinds.items():
+            held_out = batches_of(Rows(kind.validation * size.rows, size.tokens, 2), size.rows)
+            callback = Timed(held_out, **kind.options)
+            trainer, seconds = trained(size, kind, callback)
             for key, value in trainer.model.state_dict().items():
                 if not torch.equal(value, expected[key]):
                     raise SystemExit(f"{key}: the callback changed the training run")
@@ -231,10 +259,37 @@ def whole_run(size: Size, rounds: int) -> list[Run]:
             plain = passes(trainer.model.eval(), held_out[: last.n_batches])[PLAIN]
             passed = len(callback.measurements) * cpu_seconds(plain)
             found[name].append(Run(
-                name, last.n_batches, len(callback.measurements), trainer.evaluations, evaluation,
-                spent, passed, spent / evaluation, (seconds - spent - evaluation) / size.steps,
+                name, last.n_batches, len(callback.measurements), trainer.evaluations,
+                kind.validation, evaluation, spent, passed, spent / evaluation,
+                (seconds - spent - evaluation) / size.steps,
             ))  # fmt: skip
     return [sorted(runs, key=lambda run: run.share)[len(runs) // 2] for runs in found.values()]
+
+
+def fixed_seconds(size: Size, repeats: int = 5) -> dict[str, float]:
+    """What does not grow with the batches, on the run's model; the first two once a measurement."""
+    model = llama(Shape(size.run_width, size.run_layers), tied=False).eval()
+    log = BlueprintLog(model, batches_of(Rows(4 * size.rows, size.tokens, 2), size.rows), at=[1.0])
+    log.blueprint()
+    smallest = batches_of(Rows(1, 2, 1), 1)  # two tokens: its passes take next to nothing
+    calls: dict[str, Callable[[], object]] = {
+        "hash": lambda: weights_hash(model),
+        "measure": lambda: measure(model, smallest),
+        "blueprint": lambda: log.blueprint(),  # of what was measured: a hash and the fits
+    }
+    found = {
+        name: statistics.median(cpu_seconds(call) for _ in range(repeats))
+        for name, call in calls.items()
+    }
+    return {
+        "the hash of the weights": found["hash"],
+        "hooks, stand-ins and sums, the rest of a measurement of two tokens":
+            found["measure"] - found["hash"],
+        "the fits of the blueprint, once a run": found["blueprint"] - found["hash"],
+    }  # fmt: skip
+
+
+# -- 4 -------------------------------------------------------------------------------------------
 
 
 def idle_seconds(size: Size, calls: int = 50_000) -> float:
@@ -283,11 +338,20 @@ def readings(parts: list[Part], runs: list[Run], idle: float) -> dict[str, float
         "the idle callback in a whole run":
             idle * Size.steps / run.evaluation_seconds,
         "evaluated batches for which defaults cost 2 %":
-            run.share * run.evaluations * Size.validation / AIM,
+            run.share * run.evaluations * run.evaluated_batches / AIM,
+        "the callback in a whole run, evaluation_share": runs[2].share,
+        "evaluated examples that a measured one took in it": _cost(runs[2]),
     }  # fmt: skip
 
 
-def show(parts: list[Part], runs: list[Run], idle: float, out: Console) -> None:
+def _cost(run: Run) -> float:
+    measured = run.callback_seconds / (run.measurements * run.measured_batches)
+    return measured / (run.evaluation_seconds / (run.evaluations * run.evaluated_batches))
+
+
+def show(
+    parts: list[Part], runs: list[Run], fixed: dict[str, float], idle: float, out: Console
+) -> None:
     table = Table(title=f"{Size.batches} batches", title_justify="left")
     for heading in ("", "seconds", "by forward and backward", "quartiles"):
         table.add_column(heading, justify="left" if heading == "" else "right")
@@ -298,13 +362,17 @@ def show(parts: list[Part], runs: list[Run], idle: float, out: Console) -> None:
         out.print(
             f"{run.name}: {run.measurements} measurements of {run.measured_batches} batches took "
             f"{run.callback_seconds:.2f} s beside {run.evaluations} evaluations of "
-            f"{Size.validation} batches in {run.evaluation_seconds:.2f} s: {run.share:.1%}"
+            f"{run.evaluated_batches} batches in {run.evaluation_seconds:.2f} s: {run.share:.2%}"
         )
+    for name, seconds in fixed.items():
+        out.print(f"{name}: {seconds * 1e3:.1f} ms")
     out.print(f"where nothing is due: {idle * 1e6:.2f} µs a step, "
               f"{idle / runs[0].step_seconds:.1e} of a training step")  # fmt: skip
     for name, value in readings(parts, runs, idle).items():
         if name.startswith("evaluated"):
-            out.print(f"{name}: {value:,.0f}")
+            took = "took" in name
+            out.print(f"{name}: {value:,.2f}, planned with {COST:g}" if took else
+                      f"{name}: {value:,.0f}")  # fmt: skip
             continue
         verdict = "within" if value <= AIM else "above"
         out.print(f"{name}: {value:.2%} of evaluation time, {verdict} {AIM:.0%}")
@@ -322,14 +390,14 @@ def main() -> None:
     size = Size()
     parts = same_batches(size, given.rounds)
     runs = whole_run(size, given.runs)
-    idle = idle_seconds(size)
-    show(parts, runs, idle, out)
+    fixed, idle = fixed_seconds(size), idle_seconds(size)
+    show(parts, runs, fixed, idle, out)
     if given.json:
         record = {
             "command": f"python bench/callback_cost.py --rounds {given.rounds} --runs {given.runs}",
-            "environment": environment(), "size": asdict(size), "aim": AIM,
+            "environment": environment(), "size": asdict(size), "aim": AIM, "planned_cost": COST,
             "same_batches": [asdict(p) for p in parts], "runs": [asdict(r) for r in runs],
-            "idle_seconds": idle, "readings": readings(parts, runs, idle),
+            "fixed_seconds": fixed, "idle_seconds": idle, "readings": readings(parts, runs, idle),
         }  # fmt: skip
         given.json.write_text(json.dumps(record, indent=2) + "\n")
 
