@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import callback_report
 import minilm_report
 import roofline
 from fastgrad_kernels.compile_check import Facts, check, markdown
@@ -304,7 +305,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/influence.md": {"joint-cost": joint_cost},
     "docs/findings.md": {name: experiment(name) for name in EXPERIMENTS},
-    "docs/blueprint.md": {"minilm": minilm_report.section},
+    "docs/blueprint.md": {
+        "callback-cost": callback_report.section, "minilm": minilm_report.section,
+    },
     "docs/kernels.md": {
         "gpu-gate": gpu_gate,
         "roofline": roofline_floors,
