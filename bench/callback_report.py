@@ -40,6 +40,7 @@ def section() -> str:
             f"evaluations of {r['evaluated_batches']}"
         )
 
+    threads = "one thread" if env["threads"] == 1 else f"{env['threads']} threads"
     idle = readings["the idle callback in a whole run"]
     lines += [
         "",
@@ -47,6 +48,11 @@ def section() -> str:
         "|:--|--:|:--|",
         row(f"`evaluation_share={data['aim']}`: {run(share)}", share["share"]),
         row(f"the default: {run(default)}", default["share"], 2),
+        row(
+            "of that, beyond the forward and backward passes",
+            readings["what it adds to its passes in a whole run, defaults"],
+            2,
+        ),
         row(f"`examples=1`: {run(one)}", one["share"], 2),
         row(f"where nothing is due: {data['idle_seconds'] * 1e6:.1f} µs a step", idle, 1),
         "",
@@ -59,7 +65,7 @@ def section() -> str:
         f"{readings['evaluated batches for which defaults cost 2 %']:,.0f} batches in all. "
         f"Batches of {size['rows']} x {size['tokens']} tokens; {size['layers']} layers of width "
         f"{size['width']}, the run's model {size['run_layers']} of width {size['run_width']}; "
-        f"processor time on {'one thread' if env['threads'] == 1 else env['threads']}. "
+        f"one run of each kind, processor time on {threads}. "
         f"{env['date']}, {env['processor']}, torch {env['torch']}; `{data['command']}`.",
     ]
     return "\n".join(lines)
