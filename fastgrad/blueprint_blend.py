@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrad import heavytail
 from fastgrad.blueprint_fits import FitOptions, Made, costs_of, finish, warned_share
 from fastgrad.blueprint_schema import Submodule
+from fastgrad.dead import DEAD_RELATIVE
 from fastgrad.errors import BlueprintError
 from fastgrad.staleness import auto_weight
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from fastgrad.blueprint import Blueprint
 
 Array = NDArray[np.float64]
-
-_DEAD = heavytail.DEAD_RELATIVE  # of the largest norm, as GradientStats.dead
 
 
 def blend(
@@ -42,6 +40,7 @@ def blend(
     w, rule = _weight(weight, distance, var_r, var_l)
     share = dict(zip(measured, np.minimum(w * r + (1 - w) * m, 1.0).tolist(), strict=True))
     top = max(share.values())
+    dead = set(released.dead) & set(local.dead)
     hashes = released.weights_hash, local.weights_hash
     a, b = released.file.data, local.file.data
     document: dict[str, Any] = {
@@ -68,7 +67,8 @@ def blend(
         "submodules": [
             _blended_entry(s, ours.get(s.name), share.get(s.name), w) for s in released.submodules
         ],
-        "dead": [n for n in measured if math.sqrt(share[n]) <= _DEAD * math.sqrt(top)],
+        # Alive on either side is alive: there the gradient was told from rounding.
+        "dead": [n for n in measured if n in dead or share[n] <= DEAD_RELATIVE**2 * top],
         "noise": {
             "share_variance": None
             if var_l is None or var_r is None

@@ -17,6 +17,7 @@ import fastgrad
 from fastgrad import heavytail
 from fastgrad.blocks import grid_of, in_words
 from fastgrad.blueprint_schema import SCHEMA_VERSION, BlueprintFile, finite_or_none, validate
+from fastgrad.dead import DEAD_RELATIVE
 from fastgrad.errors import BlueprintError, ResourceError, StatsError
 from fastgrad.resources import OVER_AGGRESSIVE_SHARE, CostModel, k_star
 
@@ -66,6 +67,7 @@ def finish(
     """
     total = document["model"]["n_parameters"]
     norms, sizes, parts, measured = [], [], [], []
+    dead = set(document["dead"])
     for entry in document["submodules"]:
         numel = math.prod(entry["shape"])
         if numel:
@@ -73,7 +75,8 @@ def finish(
             sizes.append(numel)
             parts.append((entry["name"], entry["shape"]))
             if entry.get("grad_norm") is not None:
-                measured.append(entry["grad_norm"])
+                # Rounding is no value of a tail; as zero it is counted and left out.
+                measured.append(0.0 if entry["name"] in dead else entry["grad_norm"])
     # What was not measured keeps its place on the axis of parameters: k is of the whole model.
     rest = total - sum(sizes)
     if rest > 0:
@@ -85,7 +88,7 @@ def finish(
     try:
         fits = {
             "norm": _fit(norm, sizes, tail, options)[0],
-            "squared_norm": _fit(norm**2, sizes, tail**2, options)[0],
+            "squared_norm": _fit(norm**2, sizes, tail**2, options, DEAD_RELATIVE**2)[0],
         }
         curve = heavytail.lorenz(norm**2, sizes)
         fit, granularity, block_fit = fits["squared_norm"], "module", None
@@ -122,7 +125,7 @@ def finish(
 
 
 def _fit(
-    mass: Array, sizes: Any, tail: Array | None, options: FitOptions
+    mass: Array, sizes: Any, tail: Array | None, options: FitOptions, floor: float = DEAD_RELATIVE
 ) -> tuple[dict[str, Any], heavytail.LorenzCurve]:
     n_bootstrap, seed = options.n_bootstrap, options.seed
     curve = heavytail.lorenz(mass, sizes)
@@ -132,7 +135,7 @@ def _fit(
         "gamma": finite_or_none(gamma.to_dict()),
         "tail": None
         if tail is None
-        else finite_or_none(heavytail.fit_tail(tail, n_bootstrap=n_bootstrap, seed=seed).to_dict()),
+        else finite_or_none(heavytail.fit_tail(tail, n_bootstrap, seed, floor=floor).to_dict()),
     }
     return found, curve
 

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from fastgrad import heavytail
 from fastgrad.blueprint_fits import FitOptions, Made, costs_of, finish, warned_share
 from fastgrad.blueprint_provenance import provenance
 from fastgrad.blueprint_schema import (
@@ -26,6 +25,7 @@ from fastgrad.blueprint_schema import (
     finite_or_none,
 )
 from fastgrad.data_sources import joined_datasets
+from fastgrad.dead import dead_parameters
 from fastgrad.errors import BlueprintError
 from fastgrad.resources import CostModel
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-_DEAD = heavytail.DEAD_RELATIVE  # of the largest norm, as GradientStats.dead
 _WORSE = ("frozen", "unused", "exact", "missing")
 _OLD = "a source is of a schema before 1.2 and lacks the sums that it follows from"
 _LOST_MEDIAN = "a median does not follow from sums"
@@ -64,7 +63,7 @@ def merge(one: Blueprint, other: Blueprint, created: str | None, command: str | 
         "data": data,
         "domain_tags": list(dict.fromkeys([*a.domain_tags, *b.domain_tags])),
         "submodules": entries,
-        "dead": _dead(entries),
+        "dead": _dead(entries, data),
         "noise": _noise(a.noise, b.noise, entries, data, lost),
         "checkpoints": _checkpoints(a.checkpoints, b.checkpoints, lost),
         "provenance": provenance(
@@ -290,10 +289,16 @@ def _submodule(
     }
 
 
-def _dead(entries: list[dict[str, Any]]) -> list[str]:
-    norms = {e["name"]: e["grad_norm"] for e in entries if e.get("grad_norm") is not None}
-    top = max(norms.values())
-    return [name for name, norm in norms.items() if norm <= _DEAD * top]
+def _dead(entries: list[dict[str, Any]], data: Mapping[str, Any]) -> list[str]:
+    """From the sums of both, as of a measurement that was made in one piece."""
+    measured = [e for e in entries if e.get("grad_norm") is not None]
+    return dead_parameters(
+        *([e[key] for e in measured] for key in ("name", "shape", "grad_norm")),
+        dtypes=data["dtypes"],
+        batch_sum_sq=[e["batch_sum_sq"] for e in measured],
+        example_sum_sq=[e["example_sum_sq"] for e in measured],
+        n_examples=data["n_examples"], n_batches=data["n_batches"],
+    )  # fmt: skip
 
 
 # -- noise ---------------------------------------------------------------------------------------

@@ -89,8 +89,13 @@ class DataInfo(Part):
         description="unit of example_mean_norm and example_median_norm: gradient of an example's "
         "own mean loss, or its contribution to the loss of its batch"
     )
-    shift_labels: bool | None = None
-    dtypes: list[str] = []
+    shift_labels: bool | None = Field(
+        None, description="whether the model's loss predicts the next token; null where it was "
+        "given no labels, so that the loss was another"
+    )
+    dtypes: list[str] = Field(
+        [], description="of the parameters, and of the arithmetic under autocast"
+    )
     attention: str | None = None
     skipped_batches: Count = 0
     datasets: list[DataSet] = []
@@ -433,7 +438,7 @@ class Measured(Part):
     data: DataInfo
     domain_tags: list[str]
     submodules: Annotated[list[Submodule], Field(min_length=1), FailFast()]
-    dead: list[str] = Field(description="submodules whose gradient is at rounding level")
+    dead: list[str] = Field(description="submodules whose gradient nothing tells from rounding")
     fits: Fits | None = Field(description="null in a coarse release")
     block_fit: Fit | None = Field(None, description="over blocks, ‖g‖², where vectors exist")
     k_star: dict[str, KStarEntry]

@@ -44,6 +44,7 @@ from fastgrad.concentration import (
     paper_gamma,
     plain,
 )
+from fastgrad.dead import DEAD_RELATIVE
 from fastgrad.errors import StatsError
 
 __all__ = [
@@ -60,11 +61,6 @@ __all__ = [
 ]
 
 Verdict = Literal["supported", "indistinguishable", "rejected", "too_few"]
-
-#: A value below this fraction of the largest one is dead: it is counted and left out of every
-#: logarithm.  Measured dead parameters (a bias in front of a normalisation) sit at rounding
-#: level, about 1e-9 of the largest norm or below.  The threshold is meant for norms, not squares.
-DEAD_RELATIVE = 1e-9
 
 #: A tail with fewer values than this gets the verdict "too_few".  The relative standard error of
 #: a rank exponent is 1/sqrt(n_tail): 14 % at 50.  CSN (section 3) name about 50 as the size from
@@ -124,7 +120,7 @@ class TailFit:
     Attributes:
         xmin: start of the tail, in the unit of the values.
         n: live values.
-        n_dead: values below ``DEAD_RELATIVE`` of the largest, left out.
+        n_dead: values below the floor (``DEAD_RELATIVE`` of the largest), left out.
         n_tail: live values at or above ``xmin``.
         density_exponent: exponent of the density ``p(x) ~ x**-density_exponent`` above ``xmin``.
         density_interval: its bootstrap interval, with ``xmin`` searched anew in each resample.
@@ -173,7 +169,9 @@ class TailFit:
         return plain(self)
 
 
-def fit_tail(values: npt.ArrayLike, n_bootstrap: int = 1000, seed: int = 0) -> TailFit:
+def fit_tail(
+    values: npt.ArrayLike, n_bootstrap: int = 1000, seed: int = 0, *, floor: float = DEAD_RELATIVE
+) -> TailFit:
     """Fit and test a power law on the upper tail of positive values, after CSN (2009).
 
     Maximum likelihood (CSN eq. 3.1) with the threshold ``xmin`` that minimises the
@@ -195,12 +193,14 @@ def fit_tail(values: npt.ArrayLike, n_bootstrap: int = 1000, seed: int = 0) -> T
         n_bootstrap: resamples for the p-value and again for the intervals, at least 1.  The
             standard error of the p-value is at most ``0.5 / sqrt(n_bootstrap)``.
         seed: seed of the resampling.
+        floor: values below this fraction of the largest one are dead: counted, and left out of
+            every logarithm.  The default is meant for norms; of squares it is its square.
 
     Raises:
         StatsError: empty, NaN, infinite, negative or all-zero values, or ``n_bootstrap < 1``.
     """
     check_bootstrap(n_bootstrap)
-    live, n_dead = _live(values)
+    live, n_dead = _live(values, floor)
     scale = float(live[-1])
     logs = np.log(live / scale)
     n = int(logs.size)
@@ -250,7 +250,7 @@ def fit_tail(values: npt.ArrayLike, n_bootstrap: int = 1000, seed: int = 0) -> T
     )
 
 
-def _live(values: npt.ArrayLike) -> tuple[FloatArray, int]:
+def _live(values: npt.ArrayLike, floor: float = DEAD_RELATIVE) -> tuple[FloatArray, int]:
     """Live values in ascending order, and the number of dead ones."""
     v = np.asarray(values, dtype=np.float64)
     if v.ndim != 1:
@@ -266,7 +266,7 @@ def _live(values: npt.ArrayLike) -> tuple[FloatArray, int]:
     top = float(v.max())
     if top == 0.0:
         raise StatsError("values are all zero: no gradient was recorded")
-    live = np.sort(v[v / top >= DEAD_RELATIVE])
+    live = np.sort(v[(v / top >= floor) & (v > 0.0)])
     return live, int(v.size - live.size)
 
 

@@ -188,6 +188,8 @@ class Probe:
         self.shift_labels = (
             shifts_labels(unwrapped(model)) if shift_labels is None else shift_labels
         )
+        self._told, self._labelled = shift_labels is not None, False
+        self._autocast: set[torch.dtype] = set()
         everything = model_parameters(model)
         specs = resolve(model, blocks)
         names = chosen_names(everything, params, frozen)
@@ -374,6 +376,10 @@ class Probe:
         if owner is not None:
             n = int(owner.max()) + 1 if owner.numel() else 0
         labels = kwargs.get("labels")
+        self._labelled = self._labelled or labels is not None
+        kind = inputs[0].device.type
+        if torch.is_autocast_enabled(kind):
+            self._autocast.add(torch.get_autocast_dtype(kind))
         tokens = label_tokens(labels, n, self.shift_labels, self.ignore_index, owner)
         items = kwargs.get("num_items_in_batch")
         self._forwards += 1
@@ -391,6 +397,7 @@ class Probe:
             self._take_ids(n),
             again=self._under_way.computing_again,
             earlier={b.index: weakref.ref(b) for b in self._pending},
+            autocast=self._autocast,
         )
         for tensor in inputs:
             if owner is None:
@@ -555,7 +562,9 @@ class Probe:
 
     def _meta(self) -> dict[str, Any]:
         config = getattr(unwrapped(self.model), "config", None)
-        dtypes = sorted({str(t.parameter.dtype) for t in self._probed})
+        # A gradient is as exact as the arithmetic behind it, also where autocast changed that.
+        dtypes = sorted({str(d) for d in [*(t.parameter.dtype for t in self._probed),
+                                          *self._autocast]})  # fmt: skip
         across = {}
         if self._replicas is not None:
             across = {"processes": self._replicas.processes, "rank": self._replicas.rank}
@@ -567,7 +576,8 @@ class Probe:
             "attention": str(getattr(config, "_attn_implementation", "") or ""),
             "dtypes": dtypes,
             "loss_reduction": self.loss_reduction,
-            "shift_labels": self.shift_labels,
+            # Where the model saw no labels its own loss was not computed: nothing was shifted.
+            "shift_labels": self.shift_labels if self._labelled or self._told else None,
             "skipped_batches": self._measured.skipped,
             "mixes_examples": sorted(self._measured.mixing),
             "n_model_parameters": sum(p.numel() for p in model_parameters(self.model).values()),

@@ -460,6 +460,7 @@ class Batch:
     # brings the taps back while a checkpoint computes again; uses are counted or were before
     again: Callable[[Batch, bool], AbstractContextManager[None]] | None = None
     mixing: set[str] = field(default_factory=set)  # functions in which examples met each other
+    autocast: set[torch.dtype] = field(default_factory=set)  # that parameters were used under
     counting: bool = True
     nested: bool = False  # meanwhile: a backward pass in there is no part of the one around it
     inputs: list[tuple[ref[Tensor], Mark]] = field(default_factory=list)  # of the model
@@ -507,6 +508,10 @@ class Batch:
         record = self.records.get(target.name)
         if record is None:
             record = self.records[target.name] = ParamRecord(target, self)
+            # Here and not when the model is called: its own forward may be what sets autocast.
+            kind = target.parameter.device.type
+            if torch.is_autocast_enabled(kind):
+                self.autocast.add(torch.get_autocast_dtype(kind))
         return record
 
     def rows_of(self, owner: Tensor, shape: torch.Size) -> Rows:

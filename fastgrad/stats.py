@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from fastgrad.blocks import BlockGrid, check_spec, check_specs, grid_of
+from fastgrad.dead import dead_parameters
 from fastgrad.errors import StatsError
 
 Array = NDArray[np.float64]
@@ -307,9 +308,14 @@ class GradientStats:
 
     @property
     def dead(self) -> list[str]:
-        """Parameters whose gradient norm is below 1e-9 of the largest: left out of log fits."""
-        norms = self.grad_norm
-        return [n for n, x in zip(self.names, norms, strict=True) if x <= 1e-9 * norms.max()]
+        """Parameters whose gradient nothing tells from rounding (:mod:`fastgrad.dead`): left out
+        of logarithms and of comparisons."""
+        together, apart = self.batch_sq.sum(1), self.sq.sum(1)
+        return dead_parameters(
+            self.names, self.shapes, self.grad_norm.tolist(), dtypes=self.meta.get("dtypes") or (),
+            batch_sum_sq=together.tolist(), example_sum_sq=apart.tolist(),
+            n_examples=self.n_examples, n_batches=self.n_batches,
+        )  # fmt: skip
 
     def _need_batches(self) -> None:
         if self.n_batches == 0:

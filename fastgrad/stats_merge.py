@@ -26,6 +26,7 @@ def joined(pieces: Iterable[GradientStats], n_examples: int, n_batches: int) -> 
     examples = batches = skipped = 0
     running = True
     mixing: set[str] = set()  # seen only when it happens, as what coverage is missing
+    dtypes: set[str] = set()
     with_examples: bool | None = None
     for piece in pieces:
         if whole is None:
@@ -53,6 +54,7 @@ def joined(pieces: Iterable[GradientStats], n_examples: int, n_batches: int) -> 
         whole.coverage_list = worst_coverage(whole.coverage_list, piece.coverage_list)
         skipped += int(piece.meta.get("skipped_batches") or 0)
         mixing.update(piece.meta.get("mixes_examples") or ())
+        dtypes.update(piece.meta.get("dtypes") or ())
         running = running and piece.running_ids
         examples, batches = columns.stop, batches + piece.n_batches
     assert whole is not None
@@ -63,6 +65,8 @@ def joined(pieces: Iterable[GradientStats], n_examples: int, n_batches: int) -> 
         whole.meta["skipped_batches"] = skipped
     if mixing:
         whole.meta["mixes_examples"] = sorted(mixing)
+    if dtypes:
+        whole.meta["dtypes"] = sorted(dtypes)
     blank_missing(whole)
     return whole
 
