@@ -23,12 +23,14 @@ from fastgrad.identity import (
     weights_hash,
 )
 from fastgrad.packed import PackedBlocks, PartialModule, check_owner, install, uninstall
+from fastgrad.reachable import Reachable
 from fastgrad.selection import Selection
 from fastgrad.step_guard import (
     BEFORE,
     ENDED,
     HELD,
     NAME,
+    REACH,
     REMOVED,
     SUSPENDED,
     end,
@@ -258,18 +260,29 @@ class Partial:
         self._uninstall()
         for blocks in self.packed:
             blocks.watched = False
-            blocks.packed.__dict__.pop("_fastgrad_blocks", None)
+            for mark in ("_fastgrad_blocks", REACH):
+                blocks.packed.__dict__.pop(mark, None)
             end(blocks.packed, REMOVED)
         own = model_parameters(self.model)
         for name, p in own.items():
-            p.__dict__.pop(NAME, None)
-            p.__dict__.pop(HELD, None)
+            for mark in (NAME, HELD, REACH):
+                p.__dict__.pop(mark, None)
             resume(p)
             if name in self._requires_grad:  # added since then: not ours to judge
                 p.requires_grad_(self._requires_grad[name])
         restore(self._superseded)
         self._removed = True
         return self.model
+
+    def _watch(self, owners: Mapping[int, Sequence[tuple[nn.Module, str]]]) -> None:
+        """From now on each step looks whether the modules of what is trained are in the model."""
+        fulls = {blocks.name: blocks.full for blocks in self.packed}
+        reach = Reachable(
+            self.model,
+            {n: [m for m, _ in owners[id(fulls.get(n, p))]] for n, p in self._trained.items()},
+        )
+        for p in self._trained.values():
+            p.__dict__[REACH] = reach
 
     def _places(self) -> list[tuple[nn.Module, str, PackedBlocks]]:
         """Where the packed blocks are installed: module, its attribute, blocks."""
@@ -470,6 +483,7 @@ def build(
         model, selection, trained, packed, requires_grad, base_hash, master_dtype, touched
     )
     partial._superseded.update(before)
+    partial._watch(owners)
     return partial
 
 

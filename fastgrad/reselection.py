@@ -36,6 +36,7 @@ from fastgrad.step_guard import (
     IN_BACKWARD,
     NAME,
     NOT_TOLD,
+    REACH,
     end,
     is_pending,
     optimizers_of,
@@ -362,6 +363,7 @@ def _change_model(
         for module, attribute in owners[id(plan.full)]:
             install(module, attribute, plan.new_blocks)
     partial._trained, partial.packed = trained, packed
+    partial._watch(owners)
 
 
 def _change_optimizers(
@@ -416,8 +418,8 @@ def _release(plan: _Plan) -> None:
     if old is None or old is plan.new:
         return
     if plan.old_blocks is None:  # a weight of the model
-        old.__dict__.pop(NAME, None)
-        old.__dict__.pop(HELD, None)
+        for mark in (NAME, HELD, REACH):
+            old.__dict__.pop(mark, None)
         return
     plan.old_blocks.watched = False
     old.__dict__.pop("_fastgrad_blocks", None)

@@ -27,6 +27,8 @@ NAME, ENDED = "_fastgrad_name", "_fastgrad_ended"
 SUPERSEDED, IN_BACKWARD = "_fastgrad_superseded", "_fastgrad_in_backward"
 #: Mark on a weight that is trained as it stands: the modules that hold it.
 HELD = "_fastgrad_held"
+#: Mark on what is trained: the ways from the model to the modules that hold it.
+REACH = "_fastgrad_reach"
 #: Mark on a gradient: its version when an optimizer made a step with it.
 STEPPED = "_fastgrad_stepped"
 
@@ -39,6 +41,11 @@ DESELECTED = (
     "was re-selected without this optimizer: the tensor that it holds is no longer part of the "
     "model. Remedy: pass the optimizer to reselect(), or build a new one from "
     "partial.parameters()"
+)
+REPLACED = (
+    "is trained, and no module that holds it is part of the model any more: it was replaced or "
+    "deleted after make_partial, so that a step would train what nobody calls. Remedy: replace "
+    "modules before make_partial, or call remove() on the Partial and make the model partial anew"
 )
 BEFORE = (
     "was built on the model's parameters before make_partial, which froze them: it trains none of "
@@ -113,6 +120,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Raises PartialError where a step would do nothing, or harm."""
     if SUPERSEDED in optimizer.__dict__:
         raise PartialError(optimizer.__dict__[SUPERSEDED])
+    models = set()
     for group in optimizer.param_groups:
         for p in group["params"]:
             marks = p.__dict__
@@ -125,6 +133,10 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             blocks = marks.get("_fastgrad_blocks")
             if not p.requires_grad and (blocks is None or blocks.watched):
                 raise PartialError(frozen_by_others(marks[NAME]))
+            models.add(marks.get(REACH))
+    for reach in models:
+        if reach is not None and (name := reach.lost()) is not None:
+            raise PartialError(f"{name} {REPLACED}")
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -51,7 +51,7 @@ RANKS: list[set[str]] = [
     {"spread", "filling", "blueprint_coarse"},
     {"joint"},
     {"sparse_layers", "sparse_conv", "sparse_experts", "readings",
-     "conversion"},
+     "conversion", "reachable"},
     {"blueprint_files", "blueprint_fits", "staleness", "packed", "sharded", "optim", "meter",
      "meter_energy", "meter_flops", "meter_log", "meter_memory", "meter_processes",
      "directions"},

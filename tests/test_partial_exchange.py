@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -261,6 +263,69 @@ def test_a_module_that_was_replaced_is_named(tmp_path, specs):
             attempt()
     assert not list(tmp_path.iterdir())
     partial.remove()
+
+
+@pytest.mark.parametrize("specs", [["row"], ["module"]])
+@pytest.mark.parametrize("kind", ["replaced", "deleted", "a layer above"])
+@pytest.mark.parametrize("optimizer", [fg.SparseAdamW, torch.optim.SGD])
+def test_a_step_after_a_module_was_replaced_is_refused_and_changes_nothing(kind, specs, optimizer):
+    """Where gradients are zeroed in place it keeps one, as if it were trained."""
+    partial, _ = begin(specs)
+    made = optimizer(partial.parameters(), lr=1e-2)
+    train(partial, made)
+    layers = partial.model.model.layers
+    kept, mlp = list(partial.parameters()), layers[0].mlp
+    before = [p.detach().clone() for p in kept]
+    if kind == "replaced":
+        mlp.up_proj = nn.Linear(*reversed(mlp.up_proj.weight.shape), bias=False)
+    elif kind == "deleted":
+        del mlp.up_proj
+    else:
+        layers[0] = copy.deepcopy(partial.model.model.layers[1])
+    with pytest.raises(PartialError, match=r"layers.0.*is trained.*replaced or deleted.*Remedy"):
+        made.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
+    if kind != "deleted":  # as the remedy says
+        model = partial.remove()
+        again = fg.make_partial(model, partial.selection, hash_base=False)
+        train(again, optimizer(again.parameters(), lr=1e-2))
+
+
+def test_modules_that_are_still_in_the_model_may_be_wrapped_and_moved():
+    partial, optimizer = begin(["row", "module"])
+    mlp = partial.model.model.layers[0].mlp
+    mlp.up_proj = nn.Sequential(mlp.up_proj)
+    train(partial, optimizer, 1)
+    mlp.wrapped, mlp.up_proj = mlp.up_proj, nn.Identity()
+    mlp.up_proj = mlp.wrapped
+    del mlp.wrapped
+    train(partial, optimizer, 1)
+    mlp.up_proj = nn.Linear(*reversed(mlp.up_proj[0].weight.shape), bias=False)  # found anew
+    with pytest.raises(PartialError, match=r"up_proj.weight is trained"):
+        optimizer.step()
+
+
+def test_a_re_selected_model_is_watched_too():
+    partial, optimizer = begin(["row"])
+    train(partial, optimizer, 1)
+    optimizer.zero_grad()
+    partial.reselect(mixed(partial.model, ["row"], 0.4, 3), optimizer)
+    train(partial, optimizer, 1)
+    name = next(n for n in partial.selection.blocks if "layers.1" in n)
+    parent, _, child = name.removesuffix(".weight").rpartition(".")
+    setattr(partial.model.get_submodule(parent), child, nn.Identity())
+    with pytest.raises(PartialError, match=f"{name} is trained"):
+        optimizer.step()
+
+
+def test_what_is_watched_keeps_no_model_alive_and_asks_none_that_is_gone():
+    partial, optimizer = begin(["row"])
+    train(partial, optimizer, 1)
+    gone = weakref.ref(partial.model)
+    del partial
+    gc.collect()
+    assert gone() is None
+    optimizer.step()
 
 
 @pytest.mark.parametrize("kind", ["parametrize", "delete"])
