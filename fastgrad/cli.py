@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from fastgrad.cli_exit import BROKEN_PIPE, INTERRUPTED, REFUSED
+from fastgrad.cli_imports import importing, process_is_our_own
 
 
 class _Interrupts:
@@ -48,9 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: like the typer app, with our own errors, and files that cannot be read or
     written, as one red line and exit code 1, and Ctrl-C as one line and exit code 130.
 
+    Args:
+        argv: without the program's name. None: those of this process, which is then taken to be
+            the command's own and to end with it.
+
     Raises:
         SystemExit: always, with the exit code.
     """
+    if argv is None:
+        process_is_our_own()
     with _listening() as interrupts:
         try:
             code = _run(argv)
@@ -66,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        from fastgrad.cli_app import app
-        from fastgrad.cli_common import in_one_line
-        from fastgrad.errors import FastgradError
+        with importing():
+            from fastgrad.cli_app import app
+            from fastgrad.cli_common import in_one_line
+            from fastgrad.errors import FastgradError
 
         try:
             app(args=None if argv is None else list(argv), prog_name="fastgrad")

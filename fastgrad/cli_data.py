@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastgrad.cli_common import first_line, usage
 from fastgrad.cli_models import Kind
 from fastgrad.errors import MissingExtraError, ProbeError
@@ -55,7 +53,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reading:
-    """How data is read: see the options of ``fastgrad probe``."""
+    """How data is read: see the options of ``fastgrad probe``.
+
+    ``every``: a record without a label is an example too, one without a gradient.
+    """
 
     field: str
     target: str | None
@@ -63,6 +64,22 @@ class Reading:
     subset: str | None
     length: int
     limit: int
+    every: bool = False
+
+
+def is_text(data: str) -> bool:
+    """Whether it is a file that is one text, and holds no records."""
+    path = Path(data)
+    return path.is_file() and path.suffix not in _RECORDS
+
+
+def check_options(data: str, **options: str | None) -> None:
+    """Refuse ``field``, ``split`` and ``subset`` where the data has none: wrong usage."""
+    is_file = Path(data).is_file()
+    for option, value in options.items():
+        if value is not None and (is_text(data) or (option != "field" and is_file)):
+            kind = "text" if is_text(data) else "JSON Lines"
+            usage(f"{data} has none: it is a {kind} file", f"--{option}")
 
 
 def read_examples(data: str, reading: Reading, kind: Kind, tokenizer: Any) -> Sample:
@@ -75,7 +92,7 @@ def read_examples(data: str, reading: Reading, kind: Kind, tokenizer: Any) -> Sa
     if kind == "masked" and reading.target is not None:
         usage("a masked model predicts its own text and has no targets", "--target")
     path = Path(data)
-    if path.is_file() and path.suffix not in _RECORDS:
+    if is_text(data):
         return _text(path, reading, kind, tokenizer)
     n, record, origin = _lines(path) if path.is_file() else _data_set(data, reading)
     if kind == "encoder-decoder" and reading.target is None:
@@ -122,6 +139,8 @@ def _spread(n: int, limit: int) -> list[int]:
     """At most ``limit`` of the numbers below ``n``, from first to last at even distances."""
     if n <= limit:
         return list(range(n))
+    import numpy as np
+
     return np.linspace(0, n - 1, limit).round().astype(int).tolist()
 
 
@@ -214,7 +233,8 @@ def _records(
             labels = [t for t, s in zip(labels, example.special, strict=True) if not s]
         if not example.ids or all(label == IGNORED for label in labels):
             empty += 1
-            continue
+            if not reading.every:
+                continue
         cut += shortened
         sample.examples.append(example)
     if not sample.examples:
@@ -225,7 +245,8 @@ def _records(
     if cut:
         sample.notes.append(f"{cut} records were cut off at {reading.length} tokens (--length)")
     if empty:
-        sample.notes.append(f"{empty} records without a label were left out")
+        left_out = "have no gradient" if reading.every else "were left out"
+        sample.notes.append(f"{empty} records without a label {left_out}")
     return sample
 
 
@@ -276,10 +297,7 @@ def batch_of(
     """
     import torch
 
-    pad = next(
-        (t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0
-    )  # without a meaning: the attention mask hides it
-    ids = _padded([e.ids for e in examples], pad)
+    ids = _padded([e.ids for e in examples], padding_of(tokenizer))
     if kind == "masked":
         special = _padded([[int(s) for s in e.special] for e in examples], 1).bool()
         ids, labels = _mask(ids, special, tokenizer, generator)
@@ -290,6 +308,11 @@ def batch_of(
     if int(lengths.min()) < ids.shape[1]:
         batch["attention_mask"] = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     return batch
+
+
+def padding_of(tokenizer: Any) -> int:
+    """Number of the token to pad with: without a meaning, for the attention mask hides it."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

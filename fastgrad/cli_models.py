@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastgrad.cli_common import first_line, split_revision, usage
+from fastgrad.cli_imports import importing
 from fastgrad.errors import MissingExtraError, ProbeError, ResourceError
-from fastgrad.hub import is_repo_id
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,11 @@ def transformers_module() -> Any:
         MissingExtraError: if it is not installed.
     """
     try:
-        import transformers
+        with importing():
+            import transformers
+
+            # Most of transformers is imported when first used, which is here and not on the way.
+            transformers.PreTrainedModel  # noqa: B018
     except ImportError as error:
         raise MissingExtraError("transformers", "hf") from error
     transformers.utils.logging.set_verbosity_error()
@@ -35,6 +39,8 @@ def located(reference: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` is given: a folder, or a hub id with its revision."""
     if os.path.isdir(reference):
         return reference, {"local_files_only": True}
+    from fastgrad.hub import is_repo_id
+
     name, revision = split_revision(reference)
     if os.path.exists(name) or not is_repo_id(name):
         usage(f"{reference!r} is neither a folder nor a hub id such as org/name", "MODEL")

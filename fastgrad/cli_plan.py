@@ -40,14 +40,17 @@ def plan(
 
     Example: [bold]fastgrad plan my-model/ --selection selection.json --batch 8x2048[/]
     """
-    from fastgrad import plan_flops, plan_memory
-    from fastgrad.selection import Selection
-
     shape, master_dtype, weights = batch_shape_of(batch), dtype_of(master), dtype_of(dtype)
     if flops and shape is None:
         usage("it is for one step and needs --batch, such as 8x2048", "--flops")
-    chosen = None if selection is None else Selection.load(selection)
+    chosen = None
+    if selection is not None:
+        from fastgrad.selection import Selection
+
+        chosen = Selection.load(selection)
     net = meta_model(model, weights)
+    from fastgrad.planner import plan_memory  # torch is there by now
+
     if chosen is not None:
         chosen.check_model(net, allow_other_weights=True)  # a meta model has no weights to compare
     found = plan_memory(
@@ -55,6 +58,8 @@ def plan(
     )
     cost = None
     if flops and shape is not None:
+        from fastgrad.flops import plan_flops
+
         cost = plan_flops(net, chosen, batch_shape=shape, optimizer=optimizer)
     if as_json:
         emit_json(found.to_dict() | ({} if cost is None else {"flops": cost.to_dict()}))

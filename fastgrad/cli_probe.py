@@ -8,8 +8,17 @@ from typing import Annotated
 
 import typer
 
-from fastgrad.cli_common import Json, ModelRef, check_writable, emit, emit_json, note, track
-from fastgrad.cli_data import Reading, batch_of, read_examples
+from fastgrad.cli_common import (
+    Json,
+    ModelRef,
+    check_writable,
+    emit,
+    emit_json,
+    note,
+    track,
+    usage,
+)
+from fastgrad.cli_data import Reading, batch_of, check_options, read_examples
 from fastgrad.cli_models import kind_of, load_model, load_tokenizer
 from fastgrad.cli_values import dtype_of, spec_of
 
@@ -76,14 +85,10 @@ def probe(
 
     from fastgrad.blocks import in_words
     from fastgrad.blueprint_provenance import public_command
-    from fastgrad.cli_common import usage
     from fastgrad.probe import Probe
 
     weights, granularity = dtype_of(dtype), spec_of(blocks)
-    plain = Path(data).is_file() and Path(data).suffix not in (".jsonl", ".ndjson")
-    for option, value in (("--field", field), ("--split", split), ("--subset", subset)):
-        if value is not None and (plain or (option != "--field" and Path(data).is_file())):
-            usage(f"{data} has none: it is a {'text' if plain else 'JSON Lines'} file", option)
+    check_options(data, field=field, split=split, subset=subset)
     check_writable(output)
     net = load_model(model, weights).eval()
     kind = kind_of(net.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -151,6 +152,59 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     assert (code, "is a folder" in err) == (1, True)
     check_writable(tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "text.txt"]
+
+
+# -- start ---------------------------------------------------------------------------------------
+
+TOLD = """
+import atexit, gc, json, sys
+atexit.register(lambda: print(json.dumps([sorted(sys.modules), gc.get_freeze_count(),
+                                          gc.isenabled()]), file=sys.stderr))
+from fastgrad.cli import main
+main()
+"""
+
+
+def started(*args):
+    """A command as a process: its exit code, the modules it imported, how many objects the garbage
+    collector does not look at, and whether it works."""
+    done = subprocess.run([sys.executable, "-c", TOLD, *map(str, args)], cwd=ROOT, text=True,
+                          capture_output=True)  # fmt: skip
+    return done.returncode, *json.loads(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("args", [
+    ["--help"],
+    ["plan", "--help"],
+    ["blueprint", "private", "--help"],
+    ["blueprint", "show", "docs/examples/minilm-prose"],
+    ["blueprint", "validate", "docs/examples/minilm-prose", "docs/examples/minilm-code"],
+    ["blueprint", "schema"],
+], ids=" ".join)  # fmt: skip
+def test_what_needs_no_model_starts_without_torch(args):
+    code, modules, _, _ = started(*args)
+    assert code == 0
+    assert not {"torch", "transformers", "matplotlib", "huggingface_hub"} & set(modules)
+    assert "--help" not in args or "scipy" not in modules
+
+
+def test_a_plan_imports_what_it_needs_out_of_the_collectors_sight(model_dir):
+    code, modules, frozen, enabled = started("plan", model_dir)
+    assert (code, enabled) == (0, True)
+    assert "transformers.models.llama.modeling_llama" in modules
+    assert not {"datasets", "peft", "trl", "matplotlib", "dp_accounting"} & set(modules)
+    assert frozen > 100_000  # most of what torch and transformers made
+
+
+def test_in_another_process_nothing_is_hidden_from_the_collector(model_dir):
+    code = (
+        "import gc, sys, fastgrad.cli as c\n"
+        "try: c.main(['plan', sys.argv[1]])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert gc.get_freeze_count() == 0 and gc.isenabled()"
+    )
+    subprocess.run([sys.executable, "-c", code, model_dir], cwd=ROOT, check=True,
+                   capture_output=True)  # fmt: skip
 
 
 # -- output --------------------------------------------------------------------------------------
