@@ -6,8 +6,6 @@ import copy
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -516,49 +514,3 @@ def test_no_batch_and_bad_gradients_are_refused():
         quality(loss=lambda m, b: m(b[0] * 1e3).exp().mean(), rate=1e38)
     with pytest.raises(FastgradError, match="no tensor"):
         list(examples_of([{"a": 1}]))
-
-
-# -- the experiments ---------------------------------------------------------------------
-
-
-def run_fast(name, folder: Path):
-    command = [sys.executable, str(Path(fg.__file__).parents[1] / f"bench/experiments/{name}.py"),
-               "--fast", "--work", str(folder)]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    for kind in (".md", ".png", ".svg"):
-        assert (folder / f"{name}{kind}").stat().st_size > 1000
-    return json.loads((folder / f"{name}.json").read_text())
-
-
-@pytest.mark.slow
-def test_the_experiment_pools_what_its_rows_say(tmp_path):
-    record = run_fast("proxy", tmp_path)
-    rows = record["rows"]
-    assert [(r["domain"], r["seed"]) for r in rows] == [("prose", 0), ("prose", 1), ("headers", 0)]
-    for c in record["correlations"]:
-        own = [r for r in rows if r["domain"] == c["domain"]]
-        values = []
-        for r in own:
-            pairs = [
-                (s / (n if c["score"] not in ("norm", "size") else n**0.5 if c["score"] == "norm"
-                      else 1), e / n) if c["per_element"] else (s, e)
-                for s, e, n in zip(r["scores"][c["score"]], r["effects"][c["outcome"]], r["sizes"],
-                                   strict=True) if s is not None
-            ]  # fmt: skip
-            values.append(spearmanr(*zip(*pairs, strict=True)).statistic)
-        assert c["n"] == len(pairs)
-        assert c["value"] == pytest.approx(np.mean(values), abs=1e-9)
-        assert c["interval"][0] <= c["value"] + 0.05
-        if c["score"] == "norm":
-            assert c["norm_less_score"] == 0
-
-
-@pytest.mark.slow
-def test_the_experiment_on_flipped_labels(tmp_path):
-    pytest.importorskip("sklearn")
-    record = run_fast("mislabelled", tmp_path)
-    last = {(r["seed"], r["score"]): r for r in record["rows"] if r["epoch"] == 20}
-    for seed in record["seeds"]:
-        assert last[seed, "loss"]["auroc"] > 0.8
-        assert last[seed, "norm"]["auroc"] > 0.8
-        assert 0.3 < last[seed, "random"]["auroc"] < 0.7

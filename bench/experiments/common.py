@@ -40,7 +40,7 @@ from fastgrad.quickstart.arms import WEIGHT_DECAY, Prepared
 from fastgrad.quickstart.arms import prepare as prepare_own
 from fastgrad.quickstart.corpus import PARTS, build_data, read_corpus, token_rows
 from fastgrad.quickstart.pretrain import new_model
-from fastgrad.quickstart.settings import FRACTION, THREADS, Arm, Settings, Spec
+from fastgrad.quickstart.settings import FRACTION, THREADS, Arm, Settings, Spec, next_rate
 from fastgrad.quickstart.worker import CLIP, Run, data_order, rate_factor
 from timing import environment
 
@@ -50,6 +50,7 @@ CHECKPOINTS = (0.1, 0.5, 1.0)  # shares of the pre-training steps at which the m
 DOMAINS = ("prose", "headers")
 HELD_OUT = {"valid": 0.12, "test": 0.15}  # share of the headers, in characters
 PRETRAINING_SEED = 0
+FURTHER = 4  # rates tried beyond the ends of the list, until the best lies between two others
 
 Prepare = Callable[[nn.Module, int], Prepared]
 
@@ -182,6 +183,10 @@ class Base:
 class Adaptation(Run):
     """The quickstart's training of one arm, in this process, on any of the texts.
 
+    The rates are those of the settings, and beyond an end of them while that end is the best, each
+    as far from the last as that from the one before; then, with ``refine``, one more between the
+    best and its neighbours.
+
     Args:
         base: model and texts.
         domain: the text that the model is adapted to.
@@ -217,10 +222,57 @@ class Adaptation(Run):
     def prepare(self, model: nn.Module) -> Prepared:
         return self._prepare(model, self.spec.seed)
 
+    def all_rates(self) -> dict[str, Any]:
+        refine = self.spec.settings.refine
+        self.spec = replace(self.spec, settings=replace(self.spec.settings, refine=False))
+        super().all_rates()
+        for _ in range(FURTHER):
+            further = beyond({t["rate"]: t["valid"] for t in self.tried})
+            if further is None:
+                break
+            self._one_more(further)
+        if refine:
+            losses = {t["rate"]: t["valid"] for t in self.tried}
+            rates = sorted(losses)
+            middle = min(max(rates.index(self.result["rate"]), 1), len(rates) - 2)
+            self._one_more(next_rate({r: losses[r] for r in rates[middle - 1 : middle + 2]}))
+        return self.result
+
+    def _one_more(self, rate: float) -> None:
+        prepared, outcome = self.one_rate(len(self.tried), rate)
+        self.tried.append(outcome)
+        if outcome["valid"] < self.result["valid"]:
+            self.keep(prepared, outcome)
+
     def run(self) -> dict[str, Any]:
         """Losses at the rate that is best on the validation part."""
         with contextlib.redirect_stdout(io.StringIO()):  # progress lines
             return {**self.all_rates(), "seed": self.spec.seed}
+
+
+def beyond(tried: Mapping[float, float]) -> float | None:
+    """The next rate outwards (rate -> validation loss), while the best is the first or last of
+    them; None where it lies between two others, or was the only one to try."""
+    rates = sorted(tried)
+    best = min(rates, key=lambda rate: tried[rate])
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbour:.3g}")
+
+
+def at_the_end(run: Mapping[str, Any]) -> bool:
+    """Whether the best rate of a run is the lowest or the highest of those that it tried."""
+    rates = [t["rate"] for t in run["tried"]]
+    return len(rates) > 1 and run["rate"] in (min(rates), max(rates))
+
+
+def rates_told(arms: Sequence[Mapping[str, Any]]) -> str:
+    """How many learning rates were tried, and what the star means, for the text under a table."""
+    counts = {len(r["tried"]) for arm in arms for r in arm["runs"] if len(r["tried"]) > 1} or {1}
+    many = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
+    return (f"{many} learning rates (three in equal ratios, and further ones while the best is "
+            "the lowest or highest; * marks arms where it still is)")  # fmt: skip
 
 
 def whole(kind: str, base: Base) -> Prepare:
@@ -254,7 +306,8 @@ def sparse(selection: fg.Selection | Callable[[nn.Module, int], fg.Selection]) -
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and spread of one arm over the seeds. Losses are nats per token."""
+    """Mean and spread of one arm over the seeds. Losses are nats per token; ``edge``: in some seed
+    the best rate was the lowest or highest tried."""
 
     label: str
     test: float
@@ -268,16 +321,14 @@ class Summary:
     @classmethod
     def of(
         cls, label: str, runs: Sequence[Mapping[str, Any]], before: Mapping[str, float],
-        total: int, settings: Settings,
+        total: int,
     ) -> Summary:  # fmt: skip
         tests = [r["test"] for r in runs]
-        rates = tuple(sorted({r["rate"] for r in runs}))
-        ends = {min(settings.rates), max(settings.rates)}
         return cls(
             label, fmean(tests), stdev(tests) if len(tests) > 1 else None,
             before["test"] - fmean(tests), fmean(r["code"] for r in runs) - before["code"],
-            fmean(r["n_trained"] for r in runs) / total, rates,
-            bool(ends & set(rates)) or rates[0] < min(ends) or rates[-1] > max(ends),
+            fmean(r["n_trained"] for r in runs) / total,
+            tuple(sorted({r["rate"] for r in runs})), any(map(at_the_end, runs)),
         )  # fmt: skip
 
     @property
@@ -383,7 +434,10 @@ def write(ask: Asked, record: dict[str, Any], table: Callable[[Mapping[str, Any]
     ask.out.mkdir(parents=True, exist_ok=True)
     write_text(ask.out / f"{ask.name}.json", json.dumps(plain, indent=1, allow_nan=False) + "\n")
     write_text(ask.out / f"{ask.name}.md", table(plain) + "\n")
-    save_figure(draw(plain), ask.out / ask.name)
+    figure = draw(plain)
+    if ask.fast:
+        figure.set_layout_engine("none")  # nobody looks at it, and layout is half of the time
+    save_figure(figure, ask.out / ask.name, dpi=50 if ask.fast else 150)
     print(f"wrote {ask.out / ask.name}.json, .md, .png and .svg")
 
 

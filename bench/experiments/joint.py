@@ -1,6 +1,6 @@
 """Does choosing parameters and examples together multiply, and does it train better at equal cost?
 
-python bench/experiments/joint.py           # about four minutes; --fast, --gpu
+python bench/experiments/joint.py           # about ten minutes; --fast, --gpu
 
 First the cross-influence of a pool of examples on 32x32 tiles, at three points of an ordinary full
 fine-tuning: rank, independence, multiplicativity. Then the test of the claim: a fifth of the
@@ -12,7 +12,7 @@ of example passes, so arms that train every parameter take a fifth of the steps.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,18 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fastgrad as fg
 from experiments import common
+from experiments.joint_arms import BOTH, EXAMPLES, arms
 from fastgrad.quickstart.measure import row_losses
 from fastgrad.quickstart.pretrain import batches
 from fastgrad.quickstart.settings import FRACTION
 
-EXAMPLES = 0.25
 DOMAIN = "prose"
 POOL_SEED = 7
 POINTS = (0.0, 0.5, 1.0)  # shares of a full fine-tuning at which T is looked at
 STEPS = {"small": 60, "fast": 5, "gpu": 200}
 POOL = {"small": 256, "fast": 24, "gpu": 1024}
 RESAMPLES = {"small": 200, "fast": 20, "gpu": 200}
-BOTH = "joint, alternating"
+TARGET = {"small": 64, "fast": 8, "gpu": 128}  # rows that signed scores are about
 
 
 def measured(model: nn.Module, rows: torch.Tensor, size: int, tile: str) -> fg.GradientStats:
@@ -59,6 +59,7 @@ def answers(stats: fg.GradientStats, resamples: int) -> dict[str, Any]:
         "log_explained": None if i is None else i.explained,
         "misplaced": None if i is None else i.misplaced,
         "independence": None if i is None else i.reason,
+        "independence_verdict": None if i is None else i.verdict,
         "independence_p": None if i is None else i.p_value,
         "multiplicativity": m.verdict,
         "multiplicativity_reason": m.reason,
@@ -98,41 +99,6 @@ def in_training(
     return found
 
 
-def arms(
-    base: common.Base, stats: fg.GradientStats, pool_ids: np.ndarray, steps: int
-) -> dict[str, tuple[common.Prepare, Callable[[int], np.ndarray], int, float]]:
-    """Label -> (how it is set up, seed -> rows to train on, steps, parameters)."""
-    s, n = base.settings, len(pool_ids)
-    chosen = {
-        strategy: fg.select_jointly(stats, FRACTION, EXAMPLES, strategy=strategy)
-        for strategy in ("alternating", "marginal")
-    }
-    both, each = chosen["alternating"], chosen["marginal"]
-    few = max(1, round(FRACTION * steps))
-    everything = common.whole("full", base)
-
-    def some(seed: int) -> np.ndarray:
-        drawn = np.random.default_rng(1000 + seed).permutation(n)[: len(both.example_ids)]
-        return pool_ids[drawn]
-
-    def random_tiles(model: nn.Module, seed: int) -> fg.Selection:
-        return fg.select(None, model, fraction=FRACTION, blocks=s.tile, ranking="random", seed=seed)
-
-    heavy = pool_ids[each.example_ids]
-    alone = each.selection  # marginal: the blocks with most mass over all examples
-    return {
-        BOTH: (common.sparse(both.selection), lambda _: pool_ids[both.example_ids], steps, 0.2),
-        "joint, marginal": (common.sparse(alone), lambda _: heavy, steps, 0.2),
-        "parameters alone": (common.sparse(alone), lambda _: pool_ids, steps, 0.2),
-        "parameters, random quarter": (common.sparse(alone), some, steps, 0.2),
-        "random tiles, all examples": (common.sparse(random_tiles), lambda _: pool_ids, steps, 0.2),
-        "examples alone": (everything, lambda _: heavy, few, 1.0),
-        "random quarter alone": (everything, some, few, 1.0),
-        "full": (everything, lambda _: pool_ids, few, 1.0),
-        "full, five times the cost": (everything, lambda _: pool_ids, steps, 1.0),
-    }
-
-
 def choice_of(stats: fg.GradientStats, losses: np.ndarray) -> list[dict[str, Any]]:
     """What was chosen, and how hard the chosen examples are for the model."""
     rows = []
@@ -153,47 +119,64 @@ def choice_of(stats: fg.GradientStats, losses: np.ndarray) -> list[dict[str, Any
 def table(record: Mapping[str, Any]) -> str:
     lines = [
         "| full tuning done | first pattern of T | stable rank | log T explained by margins | "
-        "mass elsewhere | best 20 % of parameters | heaviest 20 % of examples | hot on hot | "
-        "verdict |",
-        "|--:|--:|--:|--:|--:|--:|--:|:--|:--|",
+        "the rest | mass elsewhere | best 20 % of parameters | heaviest 20 % of examples | "
+        "hot on hot | product of the shares |",
+        "|--:|--:|--:|--:|:--|--:|--:|--:|:--|:--|",
     ]
     for r in record["points"]:
         low, high = r["ratio_interval"]
         explained = "–" if r["log_explained"] is None else f"{r['log_explained']:.0%}"
+        rest = ("–" if r["independence_p"] is None
+                else f"{r['independence_verdict']}, p = {r['independence_p']:.3f}")
         elsewhere = "–" if r["misplaced"] is None else f"{r['misplaced']:.0%}"
         lines.append(
             f"| {r['share']:.0%} | {r['explained_by_first']:.0%} | {r['stable_rank']:.2f} | "
-            f"{explained} | {elsewhere} | {r['share_blocks']:.0%} | {r['share_examples']:.0%} | "
-            f"{r['ratio']:.2f} [{low:.2f}, {high:.2f}] | {r['multiplicativity']} |"
+            f"{explained} | {rest} | {elsewhere} | {r['share_blocks']:.0%} | "
+            f"{r['share_examples']:.0%} | {r['ratio']:.2f} [{low:.2f}, {high:.2f}] | "
+            f"{r['multiplicativity']} |"
         )
     lines += [
         "",
+        "The rest: what the margins leave of log T, and the test of whether it has structure, by "
+        f"{record['draws']} draws of random signs (smallest p: {1 / (record['draws'] + 1):.3f}). "
         "Hot on hot: what the best 20 % of the parameters hold on the heaviest 10 % of the "
-        "examples, by the product of both shares; below 1, multiplying promises too much.",
+        "examples, by the product of both shares; below 1, multiplying promises too much. Product "
+        "of the shares: the verdict over a grid of 16 such pairs.",
         "",
-        "| arm | parameters | examples | steps | cost | test loss | gain | against joint choice |",
-        "|:--|--:|--:|--:|--:|:--|--:|:--|",
+        *(f"- {r['share']:.0%}: {r['independence']}; {r['multiplicativity_reason']}."
+          for r in record["points"] if r["independence"] is not None),
+        "",
+        "| arm | parameters | rows to train on | steps | cost | rows to choose by | test loss | "
+        "gain | against joint choice | against all rows |",
+        "|:--|--:|--:|--:|--:|--:|:--|--:|:--|:--|",
     ]
     for r in record["arms"]:
-        s, d = common.Summary(**r["summary"]), r["against"]
-        against = "–" if d is None else common.told(common.Difference(**d))
+        s = common.Summary(**r["summary"])
+        against, rows = ("–" if d is None else common.told(common.Difference(**d))
+                         for d in (r["against"], r["against_all"]))
         lines.append(
             f"| {r['label']} | {s.trained:.0%} | {r['n_examples']} | {r['steps']} | "
-            f"{r['cost']:.0f} | {s.loss} | {s.gain:.3f}{'*' if s.edge else ''} | {against} |"
+            f"{r['cost']:.0f} | {r['choosing']} | {s.loss} | "
+            f"{s.gain:.3f}{'*' if s.edge else ''} | {against} | {rows} |"
         )
-    c = record["choices"][0]
+    c, s_rows = record["choices"][0], record["settings"]["rows"]
     lines += [
         "",
         f"Test loss: nats per token on {record['test_rows']} held-out rows of prose, "
         f"{record['before']['test']:.3f} before; mean ± standard deviation over "
         f"{len(record['seeds'])} seeds (order of the batches, random choices). Cost: share of the "
-        "parameters times example passes; forward pass and activation gradients are not in it. "
+        "parameters times example passes; forward pass and activation gradients are not in it, nor "
+        "what choosing costs: the rows whose gradients were measured for it, once or more, stand "
+        "beside. "
         "Against: difference of the losses with its 95 % interval, paired over test rows and "
-        "seeds; above zero the joint choice is better. Every arm tries "
-        f"{record['rates_tried']} learning rates and keeps the best on the validation part; * "
-        "marks an arm with its best rate at or outside the ends of the list. Chosen once, on the "
-        f"pretrained model, from a pool of {record['pool']} rows. The jointly chosen examples have "
-        f"a mean loss of {c['loss_chosen']:.2f} before training, the pool {c['loss_pool']:.2f}; "
+        "seeds; above zero the joint choice is better, or training on the rows as they come (of "
+        "the same share of the parameters, chosen by their gradient over all rows). Rate: for "
+        "each seed the best on the validation part of "
+        f"{common.rates_told(record['arms'])}. Chosen once, on the pretrained model, from a pool "
+        f"of {record['pool']} rows; anew every step: the best quarter of {4 * s_rows} candidates "
+        "from it, with the model as it is. Alignment and cosine: with the gradient of "
+        f"{record['target']} other training rows. The jointly chosen rows have a mean loss of "
+        f"{c['loss_chosen']:.2f} before training, the pool {c['loss_pool']:.2f}; "
         f"they hold with their blocks {c['share']:.0%} of the squared gradient, which is "
         f"{c['ratio']:.2f} times the product of the shares ({c['by_blocks']:.0%} and "
         f"{c['by_examples']:.0%}).",
@@ -243,31 +226,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock, base, s = common.Clock(), ask.base(), ask.settings
     steps, count = STEPS[s.name], POOL[s.name]
     train = base.rows[f"{DOMAIN}_train"]
-    pool_ids = np.random.default_rng(POOL_SEED).permutation(len(train))[:count]
-    pool = train[torch.from_numpy(pool_ids)].to(ask.device)
+    drawn = np.random.default_rng(POOL_SEED).permutation(len(train))
+    pool_ids, target_ids = drawn[:count], drawn[count : count + TARGET[s.name]]
+    pool, target = (train[torch.from_numpy(ids)].to(ask.device) for ids in (pool_ids, target_ids))
     points = in_training(base, pool, steps, RESAMPLES[s.name])
     model = base.model()
     stats = measured(model, pool, s.probe_rows, s.tile)
     losses = row_losses(model, pool, s.probe_rows).cpu().numpy()
     total = sum(p.numel() for p in model.parameters())
     before = common.before(base, DOMAIN)
+    own = arms(base, stats, pool_ids, pool, target, steps)
     results: dict[str, list[dict[str, Any]]] = {}
+    for label, arm in own.items():
+        results[label] = [arm.run(base, DOMAIN, seed, target) for seed in ask.seeds]
+        print(f"  {label}: {[round(r['test'], 3) for r in results[label]]}", flush=True)
     rows = []
-    for label, (prepare, rows_of, n_steps, k) in arms(base, stats, pool_ids, steps).items():
-        runs = [
-            common.Adaptation(base, DOMAIN, prepare, seed, rows=rows_of(seed), steps=n_steps).run()
-            for seed in ask.seeds
-        ]
-        results[label] = runs
-        summary = common.Summary.of(label, runs, before, total, s)
-        found = None if label == BOTH else asdict(common.compared(runs, results[BOTH]))
-        rows.append({"label": label, "steps": n_steps, "n_examples": len(rows_of(0)),
-                     "cost": k * n_steps * s.rows, "summary": asdict(summary), "against": found,
-                     "runs": runs})  # fmt: skip
-        print(f"  {label}: {summary.loss}", flush=True)
+    for label, arm in own.items():
+        runs = results[label]
+        rows.append({
+            "label": label, "steps": arm.steps, "n_examples": len(arm.rows(0)),
+            "cost": arm.parameters * arm.steps * s.rows,
+            "choosing": arm.choosing(s.rows, len(target)),
+            "summary": asdict(common.Summary.of(label, runs, before, total)),
+            "against": None if label == BOTH else asdict(common.compared(runs, results[BOTH])),
+            "against_all": None if arm.against is None else asdict(
+                common.compared(runs, results[arm.against])),
+            "reference": arm.against,
+            "runs": runs,
+        })  # fmt: skip
     record = {**common.origin(ask), "pool": len(pool_ids), "pool_seed": POOL_SEED,
+              "target": len(target_ids), "draws": RESAMPLES[s.name],
               "test_rows": len(base.rows[f"{DOMAIN}_test"]), "before": before,
-              "rates_tried": len(s.rates) + s.refine, "points": points,
+              "points": points,
               "choices": choice_of(stats, losses), "arms": rows, "seconds": clock()}  # fmt: skip
     common.write(ask, record, table, draw)
 

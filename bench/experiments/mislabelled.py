@@ -27,6 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fastgrad as fg
 from experiments import common
+from fastgrad.errors import MissingExtraError
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,15 @@ class Data:
 
 
 def data(d: Digits, seed: int, device: str) -> Data:
-    """A split of the digits with flipped labels, drawn with ``seed``."""
-    from sklearn.datasets import load_digits
+    """A split of the digits with flipped labels, drawn with ``seed``.
+
+    Raises:
+        MissingExtraError: without scikit-learn.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "bench") from error
 
     found = load_digits()
     rng = np.random.default_rng(seed)

@@ -4,8 +4,8 @@ python bench/experiments/partial_update.py           # about four minutes; --fas
 
 Every ranking (norm, rms, relative, l1, alignment) with every granularity (submodule, row, 32x32
 tile), all from one local sample of the target text; random blocks of each granularity; full tuning;
-LoRA. The learning rate of each arm is the best of a short list on the validation part, found with
-the first seed and kept for the others; rankings that choose the same blocks are trained once. The
+LoRA. The learning rate of each arm is the best on the validation part, found with the first seed
+and kept for the others; rankings that choose the same blocks are trained once. The
 comparison with other libraries' methods is bench/finetune_arms.py, on the larger model.
 """
 
@@ -95,18 +95,20 @@ def all_seeds(
 def table(record: Mapping[str, Any]) -> str:
     lines = [
         "| ranking | granularity | trained | test loss | gain kept | forgetting | rate | against "
-        "random of this granularity |",
-        "|:--|:--|--:|:--|--:|--:|--:|:--|",
+        "random of this granularity | against LoRA |",
+        "|:--|:--|--:|:--|--:|--:|--:|:--|:--|",
     ]
+    lora = next(r for r in record["arms"] if r["ranking"] == "LoRA")["runs"]
     full = next(r for r in record["arms"] if r["ranking"] == "full")["summary"]["gain"]
     for r in record["arms"]:
         s = common.Summary(**r["summary"])
         rates = "-".join(f"{x:g}" for x in sorted({min(s.rates), max(s.rates)}))
         against = "–" if r["against"] is None else common.told(common.Difference(**r["against"]))
+        lora_too = "–" if r["runs"] == lora else common.told(common.compared(r["runs"], lora))
         lines.append(
             f"| {r['ranking']} | {r['granularity']} | {s.trained:.0%} | {s.loss} | "
             f"{s.gain / full:.0%} | {s.forgetting:+.2f} | {rates}{'*' if s.edge else ''} | "
-            f"{against} |"
+            f"{against} | {lora_too} |"
         )
     s = record["settings"]
     twins = [f"{r['ranking']} {r['granularity']} as {r['same_as']}" for r in record["arms"]
@@ -117,12 +119,12 @@ def table(record: Mapping[str, Any]) -> str:
         f"Test loss: nats per token on {record['test_rows']} held-out rows of prose, "
         f"{record['before']['test']:.3f} before; mean ± standard deviation over "
         f"{len(record['seeds'])} seeds (order of the batches, random choices). Gain kept: share of "
-        "full tuning's gain. Forgetting: change of the loss on held-out Python source. Against "
-        "random: difference of the losses with its 95 % interval, paired over test rows and seeds; "
-        f"below zero the ranking is better. {s['steps']} steps of {s['rows']} rows (fewer than the "
-        f"quickstart's 64, so that the grid fits), {len(s['rates'])} rates for every arm, tried "
-        "with the first seed; * marks a best rate at an end of the list. Statistics: one sample of "
-        f"{s['probe_batches']} batches of {s['probe_rows']} training rows; alignment with the "
+        "full tuning's gain. Forgetting: change of the loss on held-out Python source. Against: "
+        "difference of the losses with its 95 % interval, paired over test rows and seeds; below "
+        f"zero the arm is better. {s['steps']} steps of {s['rows']} rows (fewer than the "
+        f"quickstart's 64, so that the grid fits). Rate: the best on the validation part of "
+        f"{common.rates_told(record['arms'])}, tried with the first seed. Statistics: one sample "
+        f"of {s['probe_batches']} batches of {s['probe_rows']} training rows; alignment with the "
         "mean gradient of as many others.",
         "",
         common.footer(record),
@@ -179,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for ranking, name in order:
         found = runs[ranking, name]
-        summary = common.Summary.of(f"{ranking}, {name}", found, before, total, base.settings)
+        summary = common.Summary.of(f"{ranking}, {name}", found, before, total)
         other = runs.get(("random", name)) if ranking != "random" else None
         rows.append({
             "ranking": ranking, "granularity": name, "summary": asdict(summary),

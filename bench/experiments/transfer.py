@@ -70,7 +70,7 @@ def one_domain(
     ask: common.Asked, base: common.Base, domain: str, early: fg.Blueprint, released: fg.Blueprint
 ) -> dict[str, Any]:
     """Every choice on one target text, with all seeds."""
-    s, model = base.settings, base.model()
+    model = base.model()
     local, loss = measure(model, base.sample(domain, SAMPLE_SEED), blocks="module")
     blend = released.blend(local, weight="auto")
     chosen = {
@@ -102,7 +102,7 @@ def one_domain(
         "arms": [
             {
                 "key": key, "runs": found,
-                "summary": asdict(common.Summary.of(key, found, before, total, s)),
+                "summary": asdict(common.Summary.of(key, found, before, total)),
                 "overlap": overlap(chosen[key], chosen[LOCAL]) if key in chosen else None,
                 "cost": asdict(common.compared(found, runs[LOCAL])) if key != LOCAL else None,
                 "selected": sorted(chosen[key].blocks) if key in chosen else None,
@@ -148,9 +148,10 @@ def table(record: Mapping[str, Any]) -> str:
         + f"); mean ± standard deviation over {len(record['seeds'])} seeds (order of the batches; "
         "random draws one selection for each). Cost: loss less that of the local choice, 95 % "
         "interval paired over test rows and seeds. Overlap: shared parameters by all that either "
-        f"choice has. {s['steps']} steps of {s['rows']} rows, {len(s['rates'])} learning rates "
-        "for every arm, the best on the validation part; * marks a best rate at an end of the "
-        f"list. Samples: {s['probe_batches']} batches of {s['probe_rows']} rows. As a control, "
+        f"choice has. {s['steps']} steps of {s['rows']} rows; rate: for each seed the best on the "
+        "validation part of "
+        + common.rates_told([r for d in record["domains"] for r in d["arms"]])
+        + f". Samples: {s['probe_batches']} batches of {s['probe_rows']} rows. As a control, "
         f"another sample of the general domain: {fresh['verdict']}, Spearman "
         f"{_two(fresh['spearman'])} ({_two(fresh['local_spearman'])}).",
         "",
@@ -195,7 +196,7 @@ def draw(record: Mapping[str, Any]) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     ask = common.asked("transfer", __doc__, "small", argv)
     clock, base = common.Clock(), ask.base()
-    # Twelve arms with three seeds each: fewer steps, and no rate beyond the list.
+    # Twelve arms with three seeds each: fewer steps, and no rate between those of equal ratios.
     base.settings = replace(base.settings, refine=False, steps=round(0.75 * base.settings.steps))
     blueprints = {}
     for share in (EARLY, 1.0):
