@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,11 +17,7 @@ from fastgrad.cli_common import (
     usage,
     verb,
 )
-from fastgrad.errors import MissingExtraError
-from fastgrad.model_card import Emissions, write_card
-
-if TYPE_CHECKING:
-    from fastgrad.blueprint import Blueprint
+from fastgrad.model_card import Emissions, Picture, write_card
 
 
 def card(
@@ -72,39 +68,24 @@ def card(
     measured = _emissions(emissions, energy, carbon_intensity, source, location, hardware,
                           training_type)  # fmt: skip
     blueprint = open_blueprint(str(folder))
-    pictures = draw(blueprint, folder) if not no_figures else {}
+    pictures: list[Picture] = []
+    if not no_figures:
+        from fastgrad.plots_card import card_pictures
+
+        pictures = card_pictures(blueprint, folder)
+        if not pictures:
+            note("no picture: the blueprint holds no gradient norms")
     path = write_card(folder, blueprint, figures=pictures, emissions=measured)
     if as_json:
         emit_json({
-            "path": str(path), "figures": list(pictures.values()),
+            "path": str(path), "figures": [picture.file for picture in pictures],
             "co2_eq_emissions": None if measured is None else measured.metadata(),
         })  # fmt: skip
     else:
-        emit("\n".join(f"wrote {folder / name}" for name in [*pictures.values(), path.name]))
+        names = [*(picture.file for picture in pictures), path.name]
+        emit("\n".join(f"wrote {folder / name}" for name in names))
         if measured is None:
             note("nothing is said of emissions: none were given")
-
-
-def draw(blueprint: Blueprint, folder: Path) -> dict[str, str]:
-    """Pictures of a blueprint into ``folder``: caption -> file name.
-
-    Raises:
-        MissingExtraError: if matplotlib is not installed.
-    """
-    from fastgrad.files import atomic_path
-    from fastgrad.plots import heat_map
-
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots") from error
-    found = [s for s in blueprint.submodules if s.rms is not None]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    heat_map(figure.subplots(), [s.name for s in found], [s.rms or 0.0 for s in found])
-    name = "gradient_blueprint_heat_map.png"
-    with atomic_path(folder / name) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-    return {"Gradient per weight, by module and layer": name}
 
 
 def _emissions(

@@ -20,7 +20,7 @@ from fastgrad.files import atomic_path
 from fastgrad.printable import printable, printable_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fastgrad.blueprint import Blueprint
 
@@ -78,11 +78,26 @@ class Emissions:
         return {key: value for key, value in entries.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture in the card.
+
+    Attributes:
+        file: its name in the model's folder.
+        alt: what it shows, in a sentence for those who do not see it.
+        caption: what follows from it, printed below it.
+    """
+
+    file: str
+    alt: str
+    caption: str
+
+
 def write_card(
     folder: Path,
     blueprint: Blueprint,
     *,
-    figures: Mapping[str, str] | None = None,
+    figures: Sequence[Picture] = (),
     emissions: Emissions | None = None,
 ) -> Path:
     """Write the section into ``README.md`` of ``folder``, or make that file.
@@ -92,7 +107,7 @@ def write_card(
     Args:
         folder: the model's folder.
         blueprint: what the section is about.
-        figures: caption -> file name of a picture in ``folder``.
+        figures: pictures that are in ``folder``.
         emissions: measured ones; without them nothing is said of emissions.
 
     Returns:
@@ -113,7 +128,7 @@ def write_card(
     except UnicodeDecodeError as error:
         raise BlueprintError(f"{path} is not UTF-8 text: {error}. Remedy: convert it") from error
     try:
-        after = updated_card(text, blueprint, folder.resolve().name, figures or {}, emissions)
+        after = updated_card(text, blueprint, folder.resolve().name, figures, emissions)
     except BlueprintError as error:
         raise BlueprintError(f"{path}: {error}") from error.__cause__
     data = after.encode("utf-8")
@@ -127,7 +142,7 @@ def updated_card(
     text: str | None,
     blueprint: Blueprint,
     title: str,
-    figures: Mapping[str, str],
+    figures: Sequence[Picture],
     emissions: Emissions | None,
 ) -> str:
     """The text of a card (None: a new one) with our section. See :func:`write_card`."""
@@ -257,7 +272,7 @@ def _span(inner: str) -> tuple[int, int]:
 
 
 def section_lines(
-    blueprint: Blueprint, figures: Mapping[str, str], emissions: Emissions | None
+    blueprint: Blueprint, figures: Sequence[Picture], emissions: Emissions | None
 ) -> list[str]:
     """The section's lines of Markdown, without the markers."""
     file = blueprint.file
@@ -278,8 +293,8 @@ def section_lines(
         *_highest(blueprint),
         "",
     ]
-    for caption, name in figures.items():
-        lines += [f"![{_plain(caption)}]({name})", ""]
+    for picture in figures:
+        lines += [f"![{_plain(picture.alt)}]({picture.file})", "", f"*{_caption(picture)}*", ""]
     lines += [
         f"**Privacy.** {_plain(file.privacy.statement)}",
         "",
@@ -302,6 +317,10 @@ def section_lines(
         "selection = fg.select(blueprint, model=model, fraction=0.2)",
         "```",
     ]
+
+
+def _caption(picture: Picture) -> str:
+    return _plain(picture.caption).replace("*", "&#42;").replace("_", "&#95;")
 
 
 def _findings(blueprint: Blueprint) -> list[tuple[str, str]]:

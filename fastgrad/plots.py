@@ -1,7 +1,7 @@
 """Figures: where gradient mass sits, and what each way to train costs. Needs matplotlib.
 
-Colours are the Okabe-Ito palette and cividis, which colour-blind readers can tell apart; groups
-also differ by marker.
+Colours are the Okabe-Ito palette, viridis and cividis, which colour-blind readers can tell apart;
+groups also differ by marker.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from fastgrad.plots_base import (
     VERMILION,
     YELLOW,
     far_below,
+    literal,
     matplotlib_module,
     new_figure,
     open_axes,
     percent,
+    plain_log_ticks,
     save_figure,
+    within,
 )
 from fastgrad.plots_staleness import staleness_plot
 from fastgrad.plots_tail import rank_size_plot
@@ -151,6 +154,9 @@ def heat_map(
 ) -> None:
     """Influence of each parameter by module and layer, on a logarithmic colour scale.
 
+    Of many values the outermost 2 % on either side have the colour of the scale's end, which is an
+    arrow then. Grey is a parameter without a gradient, white a place where there is no parameter.
+
     Args:
         ax: matplotlib axes.
         names: parameter names as the model has them, in its order.
@@ -163,7 +169,7 @@ def heat_map(
     """
     matplotlib_module()
     from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import ListedColormap, LogNorm
 
     if len(names) != len(values):
         raise FastgradError(f"{len(names)} names but {len(values)} values")
@@ -174,19 +180,26 @@ def heat_map(
             table[cells[name]] = value
     if np.isnan(table).all():
         raise FastgradError("no value is positive: there is nothing to draw")
-    colours = colormaps["cividis"].with_extremes(bad=_ABSENT)
-    low = far_below(table[np.isfinite(table)])
-    high = float(np.nanmax(table))
-    norm = LogNorm(low, high if high > low else low * 1.01)
+    colours = colormaps["viridis"].with_extremes(bad=(0, 0, 0, 0))
+    low, high = within(table[np.isfinite(table)])
+    low = max(low, far_below(table[np.isfinite(table)]))
+    high = high if high > low else low * 1.01
+    norm = LogNorm(low, high)
     mesh = ax.pcolormesh(
         np.ma.masked_invalid(table), cmap=colours, norm=norm, edgecolor="white", linewidth=1.0
     )
-    ax.set_facecolor(_ABSENT)
+    named = np.zeros(table.shape, dtype=bool)
+    for cell in cells.values():
+        named[cell] = True
+    blank = named & ~np.isfinite(table)
+    if blank.any():
+        ax.pcolormesh(np.ma.masked_where(~blank, np.ones(table.shape)), edgecolor="white",
+                      linewidth=1.0, cmap=ListedColormap([_ABSENT]))  # fmt: skip
     ax.invert_yaxis()
     for axis, labels in ((ax.xaxis, columns), (ax.yaxis, rows)):
         step = max(1, math.ceil(len(labels) / (_MANY if axis is ax.xaxis else 2 * _MANY)))
         shown = range(0, len(labels), step)
-        axis.set_ticks([i + 0.5 for i in shown], [labels[i] for i in shown])
+        axis.set_ticks([i + 0.5 for i in shown], [literal(labels[i]) for i in shown])
         axis.set_tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
@@ -197,12 +210,12 @@ def heat_map(
             ax.plot(column + 0.5, row + 0.5, "o", markersize=2 + 4 * math.sqrt(share),
                     color="white" if light else "black")  # fmt: skip
     title = "Influence by module and layer"
-    named = {cells[name] for name in names}
-    blank = any(not np.isfinite(table[cell]) for cell in named)
-    ax.set(xlabel="layer" + (" (grey: no gradient, or no such parameter)" if blank else ""),
+    ax.set(xlabel="layer" + (" (grey: no gradient)" if blank.any() else ""),
            title=title + (" (dot: selected)" if marked else ""))  # fmt: skip
-    below = "min" if float(np.nanmin(table)) < low else "neither"
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, extend=below)
+    under, over = float(np.nanmin(table)) < low, float(np.nanmax(table)) > high
+    ends = "both" if under and over else "min" if under else "max" if over else "neither"
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, extend=ends)
+    plain_log_ticks(bar.ax.yaxis, low, high)
     bar.set_label(label)
     bar.outline.set_visible(False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,48 @@ def far_below(values: npt.NDArray[np.float64]) -> float:
     return float(values[values >= np.median(values) / FAR].min())
 
 
+def within(values: npt.NDArray[np.float64], share: float = 0.02) -> tuple[float, float]:
+    """Ends of a scale for these values: of fifty or more the outermost ``share`` on either side
+    lies outside, so that one outlier does not take the scale from all others."""
+    low = np.percentile(values, 100 * share, method="lower")
+    high = np.percentile(values, 100 * (1 - share), method="higher")
+    return float(low), float(high)
+
+
+def plain_log_ticks(axis: Any, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis that a reader can tell apart: 1, 2, 5, 10, ... where it spans
+    less than two and a half decades, powers of ten where it spans more, and evenly spaced numbers
+    where those leave less than two."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
+    every = max(1, (last - first) // 8)
+    ticks = [m * 10.0**e for e in range(first, last + 1, every) for m in steps]
+    shown = [t for t in ticks if low <= t <= high]
+    if len(shown) < 2:
+        shown = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
+    axis.set_major_locator(FixedLocator(shown))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda t, _: _plain(t)))
+
+
+def _plain(value: float) -> str:
+    """``0.02`` and ``50``, but powers of ten of what would be mostly zeros."""
+    if not value > 0:
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    if -3 <= exponent <= 3:
+        return f"{value:g}"
+    first = f"{value / 10.0**exponent:.3g}"
+    return (f"${first}\\times " if first != "1" else "$") + f"10^{{{exponent}}}$"
+
+
+def literal(text: str) -> str:
+    """Text of a file, in which a dollar sign begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def percent(axis: Any) -> None:
     """Label shares as percentages."""
     from matplotlib.ticker import PercentFormatter
@@ -77,8 +120,8 @@ def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int = 150) ->
     """Write a figure as PNG and as SVG, each atomically.
 
     The same figure gives the same bytes with the same matplotlib: no date, no program name, and
-    ids in the SVG that come from its content. Text in the SVG is drawn as outlines, so that it
-    looks the same everywhere.
+    ids in the SVG that come from its content. Text in the SVG is text: it can be searched, copied
+    and read aloud; its font is matplotlib's where that is installed, else another sans serif.
 
     Args:
         path: with or without ``.png`` or ``.svg``.
@@ -102,7 +145,7 @@ def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int = 150) ->
     nameless: dict[str, dict[str, None]] = {
         ".png": {"Software": None}, ".svg": {"Date": None, "Creator": None},
     }  # fmt: skip
-    with matplotlib.rc_context({"svg.hashsalt": "fastgrad", "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"svg.hashsalt": "fastgrad", "svg.fonttype": "none"}):
         for kind in _KINDS:
             target = stem.with_name(stem.name + kind)
             with atomic_path(target) as temporary:
@@ -111,4 +154,7 @@ def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int = 150) ->
     return written
 
 
-__all__ = ["far_below", "new_figure", "open_axes", "percent", "save_figure"]
+__all__ = [
+    "far_below", "literal", "new_figure", "open_axes", "percent", "plain_log_ticks", "save_figure",
+    "within",
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,18 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fastgrad.errors import FastgradError
-from fastgrad.heavytail import lorenz
+from fastgrad.heavytail import LorenzCurve, lorenz
 from fastgrad.plots import heat_map, lorenz_plot, short
-from fastgrad.plots_base import BLUE, COLOURS, GREY, MARKERS, new_figure, open_axes, percent
+from fastgrad.plots_base import (
+    BLUE,
+    COLOURS,
+    GREY,
+    MARKERS,
+    literal,
+    new_figure,
+    open_axes,
+    percent,
+)
 from fastgrad.plots_tail import rank_size_plot
 
 if TYPE_CHECKING:
@@ -43,17 +53,16 @@ def blueprint_figure(blueprint: Blueprint, *, title: str | None = None) -> Any:
     top, bottom = figure.subfigures(2, 1, height_ratios=(4.6, figure.get_figheight() - 4.6))
     left, right = top.subplots(1, 2)
     fit = file.fits.squared_norm
-    lorenz_plot(left, _curve(blueprint), fit.gamma)
+    lorenz_plot(left, curve_of(blueprint), fit.gamma)
     if file.fits.norm.tail is not None:
-        measured = [s.grad_norm for s in entries if s.grad_norm is not None and s.numel]
-        rank_size_plot(right, measured, file.fits.norm.tail)
+        rank_size_plot(right, tail_values(blueprint), file.fits.norm.tail)
     else:
         right.set_axis_off()
         right.text(0.5, 0.5, "no tail was fitted", ha="center", color=GREY)
     ax = bottom.subplots()
-    heat_map(ax, [s.name for s in entries], [s.rms or 0.0 for s in entries])
+    heat_map(ax, [s.name for s in entries], rms_values(blueprint))
     open_axes(left, right)
-    figure.suptitle(_title(blueprint) if title is None else title, fontsize=13)
+    figure.suptitle(literal(_title(blueprint)) if title is None else title, fontsize=13)
     return figure
 
 
@@ -74,21 +83,21 @@ def domains_figure(blueprint: Blueprint, *, title: str | None = None) -> Any:
     domains = blueprint.domains
     if len(domains) < 2:
         raise FastgradError("the blueprint holds one domain. Remedy: with_domain(other)")
-    labels = [" + ".join(d.domain_tags) or "primary" for d in domains]
+    labels = [literal(" + ".join(d.domain_tags)) or "primary" for d in domains]
     figure = new_figure(15.5, 5.4)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.15, 0.9))
     _curves(left, domains, labels)
     _shares(middle, domains, labels)
     _agreement(right, domains, labels)
     open_axes(left, middle)
-    figure.suptitle(title or f"{_model(blueprint)}: {len(domains)} domains", fontsize=13)
+    figure.suptitle(title or f"{literal(_model(blueprint))}: {len(domains)} domains", fontsize=13)
     return figure
 
 
 def _curves(ax: Any, domains: Sequence[Blueprint], labels: Sequence[str]) -> None:
     ax.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.2, label="spread evenly")
     for i, (domain, label) in enumerate(zip(domains, labels, strict=True)):
-        curve = _curve(domain)
+        curve = curve_of(domain)
         ax.plot(curve.k, curve.share, color=_colour(i), linestyle=_LINES[i % len(_LINES)],
                 linewidth=2.0, label=f"{label}: top 20% hold {float(curve.share_at(0.2)):.0%}",
                 )  # fmt: skip
@@ -110,7 +119,7 @@ def _shares(ax: Any, domains: Sequence[Blueprint], labels: Sequence[str]) -> Non
         # The first is larger, so that it is seen behind another at the same place.
         ax.plot(table[i], place, _marker(i), color=_colour(i), markersize=6 if i else 9.5,
                 markeredgecolor="white", markeredgewidth=0.6, label=label, zorder=3)  # fmt: skip
-    ax.set_yticks(place, [_label(n) for n in shown], fontsize=8.5)
+    ax.set_yticks(place, [literal(_label(n)) for n in shown], fontsize=8.5)
     ax.invert_yaxis()
     ax.set(xlabel="share of squared gradient norm", xlim=(0, None),
            title=f"Largest shares ({len(shown)} of {len(largest)} submodules)")  # fmt: skip
@@ -136,14 +145,18 @@ def _agreement(ax: Any, domains: Sequence[Blueprint], labels: Sequence[str]) -> 
                 found = spearmanr([scores[i][m][0] for m in common],
                                   [scores[j][m][0] for m in common])  # fmt: skip
                 table[i, j] = table[j, i] = float(found.statistic)
-    mesh = ax.pcolormesh(np.ma.masked_invalid(table), cmap="cividis", vmin=0, vmax=1,
+    # Ranks that agree are dark; a scale from zero would paint almost all there is in one colour.
+    known = table[np.isfinite(table)]
+    low = min(0.9, math.floor(10 * float(known.min())) / 10) if known.size else 0.0
+    mesh = ax.pcolormesh(np.ma.masked_invalid(table), cmap="cividis_r", vmin=low, vmax=1,
                          edgecolor="white", linewidth=1.0)  # fmt: skip
+    ax.set_facecolor("white")
     for i in range(n):
         for j in range(n):
             value = table[i, j]
-            light = np.isfinite(value) and value > 0.55
-            ax.text(j + 0.5, i + 0.5, f"{value:.2f}" if np.isfinite(value) else "-", ha="center",
-                    va="center", color="black" if light else "white",
+            dark = np.isfinite(value) and (value - low) / (1 - low) > 0.5
+            ax.text(j + 0.5, i + 0.5, f"{value:.3f}" if np.isfinite(value) else "-", ha="center",
+                    va="center", color="white" if dark else "black",
                     fontsize=12 if n <= 4 else 8)  # fmt: skip
     middle = np.arange(n) + 0.5
     ax.set_xticks(middle, labels, rotation=0 if n <= 3 else 45, ha="center" if n <= 3 else "right")
@@ -159,7 +172,20 @@ def _agreement(ax: Any, domains: Sequence[Blueprint], labels: Sequence[str]) -> 
     bar.outline.set_visible(False)
 
 
-def _curve(blueprint: Blueprint) -> Any:
+def tail_values(blueprint: Blueprint) -> list[float]:
+    """Gradient norms of the submodules as the tail fit took them: zero where it is rounding."""
+    dead = set(blueprint.dead)
+    return [0.0 if s.name in dead else s.grad_norm for s in blueprint.submodules
+            if s.grad_norm is not None and s.numel]  # fmt: skip
+
+
+def rms_values(blueprint: Blueprint) -> list[float]:
+    """Rms gradients of all submodules; zero where none was measured, or rounding alone."""
+    dead = set(blueprint.dead)
+    return [0.0 if s.name in dead else s.rms or 0.0 for s in blueprint.submodules]
+
+
+def curve_of(blueprint: Blueprint) -> LorenzCurve:
     """Of the whole model: what was not measured counts with mass zero."""
     entries = [s for s in blueprint.submodules if s.numel]
     sizes = [s.numel for s in entries]
@@ -204,4 +230,4 @@ def _marker(i: int) -> str:
     return MARKERS[1:][i % (len(MARKERS) - 1)]
 
 
-__all__ = ["blueprint_figure", "domains_figure"]
+__all__ = ["blueprint_figure", "curve_of", "domains_figure", "rms_values", "tail_values"]

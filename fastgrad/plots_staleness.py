@@ -89,7 +89,7 @@ def staleness_plot(
                     markeredgewidth=0.6, markersize=7, zorder=3, label=text)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel=f"gradient rms, {name}",
            ylabel=f"gradient rms, {local_name}",
-           title=f"{name} for {local_name}: {result.verdict}")  # fmt: skip
+           title=f"{name} against {local_name}: {result.verdict}")  # fmt: skip
     ax.set_xlim(*ends)
     ax.set_ylim(*(ends * math.exp(shift)))
     ax.set_aspect("equal")

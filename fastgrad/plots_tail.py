@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgrad.dead import DEAD_RELATIVE
 from fastgrad.errors import FastgradError
-from fastgrad.heavytail import DEAD_RELATIVE, TailFit
-from fastgrad.plots_base import BLUE, GREY, ORANGE, far_below, matplotlib_module
+from fastgrad.heavytail import TailFit
+from fastgrad.plots_base import (
+    BLUE,
+    GREY,
+    ORANGE,
+    far_below,
+    matplotlib_module,
+    plain_log_ticks,
+)
 
 if TYPE_CHECKING:
     from fastgrad.blueprint_schema import Tail
 
-
-_TITLES = {
+TITLES = {
     "supported": "a power law is supported",
     "indistinguishable": "a power law, or something else",
     "rejected": "no power law",
@@ -36,12 +43,13 @@ def rank_size_plot(
 
     On these axes a power law is a straight line of slope minus the rank exponent. The line is that
     of maximum likelihood, ``x = xmin (r / n_tail)^-a``, drawn where it was fitted; it is dashed
-    unless the verdict is ``supported``. Dead values are left out, and counted; so are those that
-    are alive but far below the others, which would take the axis for themselves.
+    unless the verdict is ``supported``. Thin lines through the same end have the slopes at the
+    ends of its interval. Dead values are left out, and counted; so are those that are alive but
+    far below the others, which would take the axis for themselves.
 
     Args:
         ax: matplotlib axes.
-        values: ``[n]``, not negative; NaN is left out.
+        values: ``[n]``, not negative, zero where dead; NaN is left out.
         fit: of these values, by :func:`fastgrad.heavytail.fit_tail` or as a blueprint has it.
         what: the values, for the axis label.
         unit: what has a rank.
@@ -71,13 +79,15 @@ def rank_size_plot(
     ax.plot(rank[~inside], live[~inside], "o", color=BLUE, markersize=5, markerfacecolor="white",
             zorder=3)  # fmt: skip
     if known:
-        _draw_fit(ax, fit, exponent, xmin, float(live[0]))
+        _draw_fit(ax, fit, exponent, xmin)
     p = _number(fit.gof_p)
-    title = f"Rank-size: {_TITLES[fit.verdict]}"
+    title = f"Rank-size: {TITLES[fit.verdict]}"
     if math.isfinite(p):
         title += f" (fit p = {p:.2g})"
     ax.set(xscale="log", yscale="log", xlabel=f"rank among {unit}", ylabel=what, title=title)
-    ax.set_ylim(low / 1.6, float(live[0]) * 1.6)
+    ends = low / 1.6, float(live[0]) * 1.6
+    ax.set_ylim(*ends)
+    plain_log_ticks(ax.yaxis, *ends)
     ax.set_xlim(0.85, live.size * 1.18)
     _plain_ranks(ax, live.size)
     ax.grid(color="#eeeeee", zorder=0)
@@ -85,15 +95,16 @@ def rank_size_plot(
     ax.legend(loc="lower left", frameon=False, fontsize=9)
 
 
-def _draw_fit(ax: Any, fit: TailFit | Tail, a: float, xmin: float, top: float) -> None:
-    """The line over the tail, its interval (through the same end), and where the tail begins."""
+def _draw_fit(ax: Any, fit: TailFit | Tail, a: float, xmin: float) -> None:
+    """The line over the tail, the ends of its interval, and where the tail begins."""
     tail = fit.n_tail
     r = np.geomspace(1, tail, 100)
     low, high = map(_number, fit.rank_interval)
     text = f"tail fit, rank exponent {a:.2f}"
     if math.isfinite(low) and math.isfinite(high):
-        ax.fill_between(r, xmin * (r / tail) ** -low, xmin * (r / tail) ** -high, color=ORANGE,
-                        alpha=0.25, linewidth=0, zorder=1)  # fmt: skip
+        # Lines, no area: all of them meet at xmin, so a wide interval would fill the axes.
+        for end in (low, high):
+            ax.plot(r, xmin * (r / tail) ** -end, color=ORANGE, linewidth=0.8, alpha=0.8, zorder=1)
         text += f" [{low:.2f}, {high:.2f}]"
     dash = "-" if fit.verdict == "supported" else "--"
     ax.plot(r, xmin * (r / tail) ** -a, color=ORANGE, linestyle=dash, linewidth=2.0, label=text,
@@ -115,4 +126,4 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-__all__ = ["rank_size_plot"]
+__all__ = ["TITLES", "rank_size_plot"]

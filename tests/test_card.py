@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
 from fastgrad import cli
 from fastgrad.blueprint import Blueprint
 from fastgrad.errors import BlueprintError, MissingExtraError
-from fastgrad.model_card import BEGIN, END, META_BEGIN, META_END, Emissions, write_card
+from fastgrad.model_card import BEGIN, END, META_BEGIN, META_END, Emissions, Picture, write_card
+from fastgrad.plots_card import card_pictures
 from tests.test_hub import blueprint_of
 
 HAND_WRITTEN = """---
@@ -192,15 +194,70 @@ def test_command_draws_and_writes(run, folder):
     code, out, err = run(folder)
     assert code == 0, err
     text = (folder / "README.md").read_text()
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert pictures
-    for name in pictures:
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    pictures = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)\n\n\*([^*]+)\*\n", text)
+    assert [name for _, name, _ in pictures] == [
+        f"gradient_blueprint_{kind}.png" for kind in ("lorenz", "rank_size", "heat_map")
+    ]
+    for alt, name, caption in pictures:
+        data = (folder / name).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert len(data) < 100_000
         assert name in out
+        assert alt.endswith(".")
+        assert caption.endswith(".")
+        assert alt != caption
+        assert len(alt.split()) > 12  # a sentence, no label
     assert "none were given" in err
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert run(folder)[0] == 0
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before  # idempotent, to the byte
+
+
+def test_captions_state_what_the_file_holds(blueprint, tmp_path):
+    lorenz, tail, heat = card_pictures(blueprint, tmp_path)
+    fit, measured = blueprint.file.fits.norm.tail, blueprint.file.fits.squared_norm
+    assert tail.caption.startswith(f"Power law: {fit.verdict.replace('_', ' ')}. ")
+    assert fit.reason[1:] in tail.caption
+    share = np.interp(0.5, measured.lorenz.k, measured.lorenz.share)
+    assert int(re.search(r"half (\d+)%", lorenz.alt)[1]) == pytest.approx(100 * share, abs=1)
+    assert f"k^{measured.gamma.gamma:.2f}" in lorenz.caption
+    best = max(blueprint.submodules, key=lambda s: s.rms)
+    assert f"highest in {best.name}." in heat.caption
+    dead = blueprint.submodules[0].name
+    file = blueprint.file.model_copy(update={"dead": [dead]})
+    fits = file.fits.norm.tail.model_copy(update={"n": fit.n - 1, "n_dead": 1})
+    norm = file.fits.norm.model_copy(update={"tail": fits})
+    file = file.model_copy(update={"fits": file.fits.model_copy(update={"norm": norm})})
+    _, tail, heat = card_pictures(Blueprint(file, "module", {}), tmp_path)
+    assert f"; 1 of {len(blueprint.names)} parameters have no gradient." in heat.caption
+    assert f"of {fit.n - 1} parameters" in tail.alt
+
+
+def test_no_picture_of_what_was_not_released(run, blueprint, tmp_path):
+    assert card_pictures(blueprint.coarse("ranks"), tmp_path) == []
+    assert not list(tmp_path.iterdir())
+    blueprint.coarse("ranks").save_pretrained(tmp_path)
+    code, _, err = run(tmp_path)
+    assert code == 0
+    assert "no picture" in err
+    assert "![" not in (tmp_path / "README.md").read_text()
+
+
+def test_words_of_a_picture_cannot_break_the_card(blueprint, folder):
+    hostile = f"a](x) *b* _c_ <!-- {END}\n\n# d"
+    write_card(folder, blueprint, figures=[Picture("p.png", hostile, hostile)])
+    text = (folder / "README.md").read_text()
+    assert text.count(END) == 1
+    assert len(re.findall(r"^!\[[^\]]+\]\(p\.png\)$", text, re.M)) == 1
+    assert len(re.findall(r"^\*[^*]+\*$", text, re.M)) == 1
+    assert "\n# d" not in text
+
+
+def test_names_with_dollar_signs_are_no_formulas(blueprint, tmp_path):
+    entries = [s.model_copy(update={"name": f"layers.{i}.a$\\frac$_{{x"})
+               for i, s in enumerate(blueprint.submodules)]  # fmt: skip
+    file = blueprint.file.model_copy(update={"submodules": entries, "dead": []})
+    assert len(card_pictures(Blueprint(file, "module", {}), tmp_path)) == 3
 
 
 def test_command_names_measured_emissions(run, folder):

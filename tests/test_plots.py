@@ -13,6 +13,7 @@ from fastgrad import plots
 from fastgrad.errors import FastgradError
 from fastgrad.heavytail import fit_gamma, fit_tail, lorenz
 from fastgrad.plots import ArmPoint
+from fastgrad.plots_base import plain_log_ticks
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -91,6 +92,37 @@ def test_heat_map_puts_values_on_a_logarithmic_scale_and_leaves_out_what_was_not
     assert len(ax.lines) == 1  # the one selected parameter that the model has
 
 
+def test_one_outlier_does_not_take_the_scale_and_what_is_absent_is_not_grey(ax):
+    names = [f"layers.{i}.{m}.weight" for i in range(30) for m in ("q", "k")]
+    values = np.geomspace(1, 2, 60)
+    values[0], values[-1] = 1e-2, 1e3
+    values[5] = 0.0
+    plots.heat_map(ax, ["embed.weight", *names], [1.5, *values])
+    mesh, blank = ax.collections[:2]
+    assert 1 <= mesh.norm.vmin < mesh.norm.vmax <= 2
+    bar = ax.figure.get_axes()[-1]
+    assert bar._colorbar.extend == "both"
+    assert blank.get_array().count() == 1  # not the 59 places where no parameter is
+    assert "grey: no gradient" in ax.get_xlabel()
+    ax.figure.draw_without_rendering()
+    labels = [t.get_text() for t in bar.yaxis.get_ticklabels() if t.get_text()]
+    assert len(labels) >= 2
+    assert all(1 <= float(t) <= 2 for t in labels)
+
+
+def test_ticks_of_a_logarithmic_axis(ax):
+    def labels(low, high):
+        ax.set(yscale="log", ylim=(low, high))
+        plain_log_ticks(ax.yaxis, low, high)
+        ax.figure.draw_without_rendering()
+        return [t.get_text() for t in ax.get_yticklabels()]
+
+    assert labels(0.03, 3) == ["0.05", "0.1", "0.2", "0.5", "1", "2"]
+    assert labels(2e-6, 7e-6) == [r"$2\times 10^{-6}$", r"$5\times 10^{-6}$"]
+    assert labels(1e-5, 1.0) == ["$10^{-5}$", "$10^{-4}$", "0.001", "0.01", "0.1", "1"]
+    assert len(labels(1e-30, 1.0)) <= 11
+
+
 def test_heat_map_labels_do_not_crowd_for_deep_models(ax):
     names = [f"layers.{i}.fc.weight" for i in range(96)]
     plots.heat_map(ax, names, np.ones(96))
@@ -154,12 +186,16 @@ def test_rank_size_plot_shows_points_fit_xmin_and_verdict(ax):
     assert any("60 submodules, 2 dead left out" in t for t in texts)
     assert any(f"{fit.rank_exponent:.2f} [{fit.rank_interval[0]:.2f}" in t for t in texts)
     assert any(f"xmin = {fit.xmin:.3g}, {fit.n_tail} of 60" in t for t in texts)
-    line = next(li for li in ax.lines if "tail fit" in str(li.get_label()))
-    x, y = np.array(line.get_xdata()), np.array(line.get_ydata())
-    slope = np.polyfit(np.log(x), np.log(y), 1)[0]
-    assert slope == pytest.approx(-fit.rank_exponent)
-    assert y[-1] == pytest.approx(fit.xmin)
-    assert x[-1] == fit.n_tail
+    lines = [li for li in ax.lines if li.get_color() == plots.ORANGE]
+    slopes = []
+    for line in lines:  # the fit and the ends of its interval, through the same end
+        x, y = np.array(line.get_xdata()), np.array(line.get_ydata())
+        slopes.append(-np.polyfit(np.log(x), np.log(y), 1)[0])
+        assert y[-1] == pytest.approx(fit.xmin)
+        assert x[-1] == fit.n_tail
+    assert slopes == pytest.approx([*fit.rank_interval, fit.rank_exponent])
+    assert not ax.collections  # no area: a wide interval would cover the points
+    assert ax.get_ylim()[1] < 2 * values.max()
     drawn = np.concatenate([li.get_ydata() for li in ax.lines if li.get_marker() == "o"])
     np.testing.assert_allclose(np.sort(drawn), np.sort(values[:60]))
 
@@ -269,17 +305,24 @@ def test_figure_of_a_blueprint_and_of_its_domains(samples, tmp_path):
     assert [t.get_text()[:2] for t in curves.get_legend().get_texts()[1:]] == ["a:", "b:"]
     assert [t.get_text() for t in shares.get_legend().get_texts()] == ["a", "b"]
     cells = [float(t.get_text()) for t in matrix.texts]
-    assert cells[0] == pytest.approx(a.split_half.spearman, abs=0.006)
+    assert cells[0] == pytest.approx(a.split_half.spearman, abs=0.0006)
     assert cells[1] == cells[2]
+    norm = matrix.collections[0].norm
+    assert norm.vmax == 1
+    assert min(cells) - 0.1 <= norm.vmin <= min(0.9, min(cells))  # the range of the data
 
 
 def test_texts_of_the_figures_do_not_overlap_and_are_not_clipped(samples):
     from fastgrad.plots_blueprint import blueprint_figure, domains_figure
+    from fastgrad.plots_card import WIDTH, _heat_map, _lorenz, _rank_size
 
     (stats, a), (_, b) = samples
     stale = plots.new_figure(6.3, 6.3)
     plots.staleness_plot(stale.subplots(), b, stats)
-    for figure in (blueprint_figure(a), domains_figure(a.with_domain(b)), stale):
+    card = [plots.new_figure(WIDTH, 4.6) for _ in range(3)]
+    for figure, draw in zip(card, (_lorenz, _rank_size, _heat_map), strict=True):
+        draw(figure.subplots(), a)
+    for figure in (blueprint_figure(a), domains_figure(a.with_domain(b)), stale, *card):
         figure.draw_without_rendering()
         renderer = figure.canvas.get_renderer()
         for ax in figure.get_axes():
@@ -314,6 +357,7 @@ def test_a_figure_is_saved_as_png_and_svg_that_do_not_change(tmp_path):
         assert len(set(contents)) == 1
         assert contents[0].startswith(start)
     assert b"<dc:date>" not in (tmp_path / "one.svg").read_bytes()
+    assert "fraction of parameters, densest first</text>" in (tmp_path / "one.svg").read_text()
     assert len(list(tmp_path.iterdir())) == 8  # nothing temporary is left
     with pytest.raises(FastgradError, match="PNG and SVG"):
         plots.save_figure(made(), tmp_path / "figure.pdf")
