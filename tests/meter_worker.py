@@ -13,8 +13,8 @@ from fastgrad.integrations.transformers import MeterCallback
 from fastgrad.meter_processes import over_processes
 from tests.meters import Clock, plain
 from tests.models import llama, randomised
-from tests.test_meter_trainer import SLOWING, Losses, Ticks
 from tests.processes import leaving_together
+from tests.test_meter_trainer import SLOWING, Losses, Ticks
 from tests.training_runs import trainer
 
 
