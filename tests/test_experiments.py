@@ -86,7 +86,8 @@ def test_distribution(base, work, tmp_path):
             assert not (r["interval_in_paper_range"] and r["interval_outside_paper_range"])
 
 
-def test_joint(base, work, tmp_path):
+def test_joint(base, work, tmp_path, monkeypatch):
+    monkeypatch.setitem(joint.RESAMPLES, "fast", 5)
     record = run(joint, work, tmp_path)
     arms = {r["label"]: r for r in record["arms"]}
     same = {r["cost"] for label, r in arms.items() if "five times" not in label}
@@ -141,7 +142,9 @@ def test_partial_update(work, tmp_path):
         - np.mean([x["test"] for x in arms["random", "tiles"]["runs"]]), abs=1e-5)  # fmt: skip
 
 
-def test_proxy_pools_what_its_rows_say(work, tmp_path):
+def test_proxy_pools_what_its_rows_say(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(proxy, "BOOTSTRAP", 50)
+    monkeypatch.setattr(proxy, "LONG_STEPS", 3)
     record = run(proxy, work, tmp_path)
     rows = record["rows"]
     assert [(r["domain"], r["seed"]) for r in rows] == [("prose", 0), ("prose", 1), ("headers", 0)]
