@@ -97,7 +97,7 @@ def _heat_map(ax: Any, blueprint: Blueprint) -> tuple[str, str]:
     heat_map(ax, names, values)
     best = printable(max(zip(values, names, strict=True))[1])
     grey = sum(value == 0 for value in values)
-    none = f"; {grey} of {len(names)} parameters have no gradient" if grey else ""
+    none = f"; {grey} of {len(names)} parameters have none beyond rounding (grey)" if grey else ""
     live = [value for value in values if value > 0]
     return (
         f"Heat map of the gradient rms of {len(names)} parameters by module and layer, from "
