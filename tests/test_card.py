@@ -229,7 +229,8 @@ def test_captions_state_what_the_file_holds(blueprint, tmp_path):
     norm = file.fits.norm.model_copy(update={"tail": fits})
     file = file.model_copy(update={"fits": file.fits.model_copy(update={"norm": norm})})
     _, tail, heat = card_pictures(Blueprint(file, "module", {}), tmp_path)
-    assert f"; 1 of {len(blueprint.names)} parameters have none beyond rounding (grey)." in heat.caption
+    grey = f"; 1 of {len(blueprint.names)} parameters have none beyond rounding (grey)."
+    assert grey in heat.caption
     assert f"of {fit.n - 1} parameters" in tail.alt
 
 
