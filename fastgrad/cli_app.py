@@ -16,6 +16,7 @@ from fastgrad.cli_exit import SHORT
 from fastgrad.cli_export import export_app
 from fastgrad.cli_influence import influence_app
 from fastgrad.cli_plan import plan
+from fastgrad.cli_private import private
 from fastgrad.cli_probe import probe
 from fastgrad.cli_release import add_release_verbs
 from fastgrad.cli_select import select_command
@@ -49,6 +50,7 @@ def _options(
 
 
 verb(app, "probe")(probe)
+verb(blueprint_app, "private")(private)
 add_compare_verbs(blueprint_app)
 add_release_verbs(blueprint_app)
 app.add_typer(blueprint_app, name="blueprint")

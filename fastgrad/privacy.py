@@ -104,6 +104,8 @@ class PrivateNorms:
         self,
         domain_tags: Sequence[str] = (),
         *,
+        name_or_path: str | None = None,
+        revision: str | None = None,
         datasets: Sequence[DataSetLike] = (),
         tokens_per_step: int | None = None,
         costs: Sequence[CostModel] = (),
@@ -121,6 +123,7 @@ class PrivateNorms:
 
         Args:
             domain_tags, datasets: names, which have to be public.
+            name_or_path, revision: of the model; by default what its config says.
             tokens_per_step, costs, created, command: see :meth:`Blueprint.from_stats`.
             n_bootstrap, seed: of the intervals, which resample submodules and not examples.
             coarse: ``ranks`` or ``deciles``: say these of the noised norms and nothing else. The
@@ -146,8 +149,13 @@ class PrivateNorms:
                 "gradient (known from public data)"
             )
         about = self.about
+        model = dict(about["model"])
+        if name_or_path is not None:
+            model["name_or_path"] = public_name(name_or_path)
+        if revision is not None:
+            model["revision"] = revision
         document: dict[str, Any] = {
-            "model": dict(about["model"]),
+            "model": model,
             "data": {
                 "n_examples": self.n,
                 "n_batches": 0,  # how the examples were divided is nobody's business
@@ -233,6 +241,7 @@ def private_norms(
     noise_multiplier: float | None = None,
     adjacency: Adjacency = "replace_one",
     loss: ExampleLosses | None = None,
+    weights_hash: str | None = None,
     generator: random.Random | None = None,
 ) -> PrivateNorms:
     """Submodule norms of the mean clipped gradient, released with differential privacy.
@@ -264,6 +273,8 @@ def private_norms(
             which is not released.
         loss: ``(model, batch) -> losses [B]``, each example's own; the cross-entropy of a
             transformers model by default (:func:`fastgrad.clipping.example_losses`).
+        weights_hash: :func:`fastgrad.weights_hash` of the released weights, where they are stored
+            in another precision than ``model`` has them in; the model's own by default.
         generator: of the noise. For tests: a release takes the operating system's, by default, and
             who knows the seed of any other knows the exact norms.
 
@@ -274,7 +285,7 @@ def private_norms(
             not known.
         MissingExtraError: without ``dp-accounting``.
     """
-    _check(clip, n, delta, adjacency)
+    check_release(clip, n, delta, adjacency)
     multiplier, achieved, accountant = calibrated(delta, epsilon, noise_multiplier)
     from fastgrad.clipping import clipped_norms, example_losses
 
@@ -298,7 +309,7 @@ def private_norms(
         epsilon=achieved,
         delta=float(delta),
         accountant=accountant,
-        about=_about(model, exact.stats.meta),
+        about=_about(model, exact.stats.meta, weights_hash),
     )
 
 
@@ -395,7 +406,12 @@ def _check_delta(delta: float) -> None:
         raise PrivacyError(f"delta must lie between 0 and 1; got {delta!r}")
 
 
-def _check(clip: float, n: int, delta: float, adjacency: str) -> None:
+def check_release(clip: float, n: int, delta: float, adjacency: str) -> None:
+    """Refuse what :func:`private_norms` refuses before any data is read.
+
+    Raises:
+        PrivacyError: naming it.
+    """
     if not _is_positive(clip):
         raise PrivacyError(f"clip must be a finite positive number; got {clip!r}")
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
@@ -410,18 +426,20 @@ def _check(clip: float, n: int, delta: float, adjacency: str) -> None:
         raise PrivacyError(f"adjacency {adjacency!r}: use {', '.join(get_args(Adjacency))}")
 
 
-def _about(model: nn.Module, meta: Mapping[str, Any]) -> dict[str, Any]:
+def _about(
+    model: nn.Module, meta: Mapping[str, Any], weights_hash: str | None
+) -> dict[str, Any]:
     """What everybody knows who has the model."""
-    from fastgrad.identity import model_parameters, weights_hash
+    from fastgrad import identity
     from fastgrad_kernels.layout import sum_of_squares
 
-    parameters = model_parameters(model)
+    parameters = identity.model_parameters(model)
     return {
         "model": {
             "class": meta.get("model_class") or None,
             "name_or_path": public_name(meta.get("name_or_path")),
             "revision": meta.get("model_revision") or None,
-            "weights_hash": weights_hash(model),
+            "weights_hash": weights_hash or identity.weights_hash(model),
             "n_parameters": sum(p.numel() for p in parameters.values()),
         },
         "parameters": [

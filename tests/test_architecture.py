@@ -78,8 +78,8 @@ RANKS: list[set[str]] = [
     {"integrations"},
     {"quickstart"},
     {"cli", "cli_app", "cli_blueprint", "cli_common", "cli_compare", "cli_data", "cli_delta",
-     "cli_docs", "cli_exit", "cli_export", "cli_influence", "cli_models", "cli_plan", "cli_probe",
-     "cli_release", "cli_select", "cli_values"},
+     "cli_docs", "cli_exit", "cli_export", "cli_imports", "cli_influence", "cli_models", "cli_plan",
+     "cli_private", "cli_probe", "cli_release", "cli_select", "cli_values"},
 ]
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}
 
