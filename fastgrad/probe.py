@@ -481,9 +481,8 @@ class Probe:
             checked = record is not None and target.self_check
             picked = entries[record.sample()] if record is not None and checked else sq[:0]
             narrow = grad.dtype in (torch.bfloat16, torch.float16)
-            alone = sum(b.n_examples for b in (*self._firing, *self._pending)) == 1
             dots = None
-            if alone and target.directions is not None:
+            if target.directions is not None and self._one_example():
                 dots = target.directions.flatten(1) @ entries.float()
             aligned = None
             if self.per_example and target.directions is not None and not grid.is_whole:
@@ -495,6 +494,9 @@ class Probe:
             )  # fmt: skip
 
         return hook
+
+    def _one_example(self) -> bool:
+        return sum(b.n_examples for b in (*self._firing, *self._pending)) == 1
 
     def _record(self, name: str) -> ParamRecord | None:
         for batch in self._firing:

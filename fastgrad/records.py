@@ -243,8 +243,12 @@ class ParamRecord:
 
         def sampled(index: Tensor) -> Tensor:
             row, col = index // table.cols, index % table.cols
-            hit = (ids.unsqueeze(0) == row.unsqueeze(1)).to(wide_dtype(grad_out.dtype))
-            return (hit * wide(grad_out)[:, col].T).sum(1)
+            tokens, values = ids, wide(grad_out)
+            if ids.device.type == "cpu":  # elsewhere the host would wait for their number
+                met = torch.isin(ids, row).nonzero().squeeze(1)
+                tokens, values = ids[met], values[met]
+            hit = (tokens.unsqueeze(0) == row.unsqueeze(1)).to(values.dtype)
+            return (hit * values[:, col].T).sum(1)
 
         self._check_in(sampled)
 

@@ -20,7 +20,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    return tensor.to(wide_dtype(tensor.dtype))
+    dtype = wide_dtype(tensor.dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class Rows:

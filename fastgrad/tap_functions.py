@@ -16,6 +16,8 @@ from fastgrad.regions import Region
 from fastgrad.rows import Rows, wide, wide_dtype
 from fastgrad_kernels import ops
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # found once: each search takes as long as it
+
 
 class LinearTap(torch.autograd.Function):
     """``y = x Wᵀ + b`` (or ``x W + b``); its backward pass takes gradient and ``T`` in one go."""
@@ -43,7 +45,7 @@ class LinearTap(torch.autograd.Function):
         else:
             out = x @ weight if bias is None else x @ weight + bias
         # A view that a custom function made must not be changed in place; a model may do that.
-        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+        return _unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:

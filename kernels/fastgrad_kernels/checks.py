@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -14,25 +15,29 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def check(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(f"fastgrad_kernels: {message}")
+        fail(message)
+
+
+def fail(message: str) -> NoReturn:
+    """Where a message would cost as much as the check: these run once per layer and step."""
+    raise ValueError(f"fastgrad_kernels: {message}")
 
 
 def check_factors(left: Tensor, right: Tensor) -> None:
-    check(
-        left.ndim == right.ndim == 2,
-        f"factors must be matrices, got {left.ndim}-D and "
-        f"{right.ndim}-D; flatten examples and tokens first",
-    )
-    check(
-        left.shape[0] == right.shape[0],
-        f"left has {left.shape[0]} tokens, right "
-        f"{right.shape[0]}; both factors of a gradient have one row per token",
-    )
-    check(
-        left.dtype in FLOATS and left.dtype == right.dtype,
-        f"dtypes {left.dtype} and {right.dtype}: both factors must have the same float dtype",
-    )
-    check(left.device == right.device, f"left is on {left.device}, right on {right.device}")
+    if not left.ndim == right.ndim == 2:
+        fail(
+            f"factors must be matrices, got {left.ndim}-D and "
+            f"{right.ndim}-D; flatten examples and tokens first"
+        )
+    if left.shape[0] != right.shape[0]:
+        fail(
+            f"left has {left.shape[0]} tokens, right "
+            f"{right.shape[0]}; both factors of a gradient have one row per token"
+        )
+    if left.dtype not in FLOATS or left.dtype != right.dtype:
+        fail(f"dtypes {left.dtype} and {right.dtype}: both factors must have the same float dtype")
+    if left.device != right.device:
+        fail(f"left is on {left.device}, right on {right.device}")
 
 
 def check_offsets(offsets: Tensor, tokens: int) -> None:
@@ -44,16 +49,17 @@ def check_offsets(offsets: Tensor, tokens: int) -> None:
     if checked(offsets, tokens):
         return
     bounds = offsets.tolist()
-    check(
-        bounds[0] == 0 and bounds[-1] == tokens and bounds == sorted(bounds),
-        f"offsets {bounds[:1]}..{bounds[-1:]} must rise from 0 to the {tokens} tokens given: "
-        "every token belongs to exactly one example",
-    )
+    if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+        fail(
+            f"offsets {bounds[:1]}..{bounds[-1:]} must rise from 0 to the {tokens} tokens given: "
+            "every token belongs to exactly one example"
+        )
     mark_checked(offsets, tokens)
 
 
 def check_block(block_rows: int, block_cols: int) -> None:
-    check(block_rows > 0 and block_cols > 0, f"block {block_rows}x{block_cols} is empty")
+    if block_rows <= 0 or block_cols <= 0:
+        fail(f"block {block_rows}x{block_cols} is empty")
 
 
 def check_directions(directions: Tensor | None, rows: int, cols: int, device: torch.device) -> None:

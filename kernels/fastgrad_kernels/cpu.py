@@ -44,10 +44,13 @@ CANCELLED = 3e-3
 # Elements of a tile below which a thread is not given a product of its own.
 ROW_PART = 1 << 16
 # Halves of an example's tokens below this length are not worth products of their own: the fourth
-# that they save is lost again to smaller products (seen at 16 to 64 tokens, widths 512 to 4096).
-GRAM_HALF = 64
-# Rows looked at to see whether many are zero, and the share of them that makes it worth a count.
-ZERO_SAMPLE = 64
+# that they save is lost again to smaller products (16 to 128 tokens at widths 256 to 4096, on one
+# and two threads: from 64 tokens on, halves save 10 to 25 %).
+GRAM_HALF = 32
+# Rows looked at to see whether many are zero, how much of each (a line of cache), and the share of
+# them that makes it worth a count.
+ZERO_SAMPLE = 32
+ZERO_WIDTH = 16
 ZERO_SHARE = 0.25
 # The Gram form works on groups of examples with at most this many token pairs at once.
 GRAM_PAIR_LIMIT = 1 << 22
@@ -105,7 +108,8 @@ def without_zero_rows(
     if left.device.type != "cpu" or len(left) < ZERO_SAMPLE:
         return left, right, bounds  # elsewhere the host would wait for the count
     step = len(left) // ZERO_SAMPLE
-    shares = [_zero_rows(f[::step, :ZERO_SAMPLE]).float().mean().item() for f in (left, right)]
+    corners = (f.detach()[::step, :ZERO_WIDTH].numpy() for f in (left, right))
+    shares = [1 - corner.any(1).mean() for corner in corners]
     if max(shares) < ZERO_SHARE:
         return left, right, bounds
     sparse, dense = (left, right) if shares[0] >= shares[1] else (right, left)
@@ -166,25 +170,35 @@ def _gram(left: Tensor, right: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Sum and sum of magnitudes of the token-by-token products, ``[n]`` each, of ``[n·length,
     features]``."""
     n = left.shape[0] // length if length else 1
-    total = size = left.new_zeros(n)
-    inputs, own = _INPUTS.pairs(right, length), _pairs(left, length)
-    for weight, a, b in zip((1, 2), inputs, own, strict=True):
-        b = b.mul_(a).view(n, -1)
-        total, size = total + weight * b.sum(1), size + weight * b.abs_().sum(1)
+    inputs = _INPUTS.pairs(right, length)
+    products = _pairs(left, length).mul_(inputs)
+    sums = products.new_empty(2, len(products))
+    torch.sum(products, 1, out=sums[0])
+    torch.linalg.vector_norm(products, 1, dim=1, out=sums[1])
+    if len(products) == n:
+        return sums[0], sums[1]
+    of_first = sums[:, : 2 * n].unflatten(1, (n, 2))
+    total, size = of_first[..., 0].add(of_first[..., 1], alpha=2).add_(sums[:, 2 * n :])
     return total, size
 
 
-def _pairs(matrix: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Products of the tokens of each example with one another. Each pair counts twice, so those
-    between the first and the second half of the tokens (second result) are computed once."""
-    half = length // 2
-    if length % 2 or length < 2 * GRAM_HALF:
-        x = matrix.unflatten(0, (-1, max(length, 1))) if length else matrix[None]
-        return torch.bmm(x, x.transpose(1, 2)), matrix.new_zeros(len(x), 0)
-    x = matrix.unflatten(0, (-1, half))
-    within = torch.bmm(x, x.transpose(1, 2))
-    x = x.unflatten(0, (-1, 2))
-    return within, torch.bmm(x[:, 0], x[:, 1].transpose(1, 2))
+def _pairs(matrix: Tensor, length: int) -> Tensor:
+    """Products of the tokens of each example with one another, ``[n, length²]``.
+
+    Each pair counts twice. Where halves of the tokens are long enough, the products of the second
+    half with the first are computed once: ``[3n, (length / 2)²]``, for each example those within
+    the first half and those between the halves in turn, then for each those within the second.
+    """
+    n, half = len(matrix) // max(length, 1), length // 2
+    if length % 2 or half < GRAM_HALF:
+        x = matrix.view(n, length, -1) if length else matrix[None]
+        return torch.bmm(x, x.transpose(1, 2)).view(len(x), -1)
+    x = matrix.unflatten(0, (n, length))
+    pairs = matrix.new_empty(3 * n, half * half)
+    first, second = x[:, :half], x[:, half:]
+    torch.bmm(x, first.transpose(1, 2), out=pairs[: 2 * n].view(n, length, half))
+    torch.bmm(second, second.transpose(1, 2), out=pairs[2 * n :].view(n, half, half))
+    return pairs
 
 
 def backward_pass() -> int:
@@ -199,9 +213,9 @@ class _Latest:
     without PyTorch's knowledge."""
 
     def __init__(self) -> None:
-        self._known: tuple[StorageWeakRef, tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+        self._known: tuple[StorageWeakRef, tuple[object, ...], Tensor] | None = None
 
-    def pairs(self, matrix: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def pairs(self, matrix: Tensor, length: int) -> Tensor:
         task = backward_pass()
         if task == -1:
             return _pairs(matrix, length)
@@ -246,12 +260,12 @@ def _fused(
     if n == 0:
         grad.zero_()
     scratch = left.new_empty(tile_r * tile_c)
-    sq = left.new_zeros(grid_r, grid_c, n)
     n_dir = 0 if directions is None else directions.shape[0]
     dots = left.new_zeros(n_dir, n)
     lengths = [b - a for a, b in pairwise(bounds)]
-    # One entry per example, tiles added in order.
-    partial = left.new_zeros(n, dtype=torch.float64) if whole else None
+    # With one block the norms of short chunks, one row per example, in the order of the tiles.
+    sq = None if whole else left.new_zeros(grid_r, grid_c, n)
+    found: list[Tensor] = []
     for r in range(0, rows, tile_r):
         h = min(tile_r, rows - r)
         for c in range(0, cols, tile_c):
@@ -266,35 +280,44 @@ def _fused(
             parts = _row_parts(h, w)
             lefts = left[:, r : r + h].unflatten(1, (parts, -1)).permute(1, 2, 0).split(lengths, 2)
             rights = right[:, c : c + w].expand(parts, -1, -1).split(lengths, 1)
-            stripes = [tile.view(parts, -1, w) for tile in (straight, spare)]
-            chunks = [norm_chunks(tile.view(-1)) for tile in (straight, spare)] if whole else []
-            norms = left.new_zeros(n, sum(map(len, chunks[0]))) if whole else None
-            outs = [] if norms is None else [
-                o.unbind() for o in norms.split([len(v) for v in chunks[0]], 1)
-            ]  # fmt: skip
+            # the first example's tile may be the target itself
+            later = _Tile(spare, parts, whole)
+            first = later if straight is spare else _Tile(straight, parts, whole)
+            outs = []
+            if whole:
+                for size in map(len, later.chunks):
+                    found.append(left.new_empty(n, size))
+                    outs.append(found[-1].unbind())
             for j, (a, b) in enumerate(zip(lefts, rights, strict=True)):
-                other = min(j, 1)  # the first example's tile may be the target itself
-                tile = spare if other else straight
-                torch.bmm(a, b, out=stripes[other])
-                if whole:
-                    for piece, out in zip(chunks[other], outs, strict=True):
-                        torch.linalg.vector_norm(piece, dim=1, out=out[j])
-                else:
-                    sums = _block_squares(tile, block_rows, block_cols)
+                tile = later if j else first
+                torch.bmm(a, b, out=tile.stripes)
+                for piece, out in zip(tile.chunks, outs, strict=True):
+                    torch.linalg.vector_norm(piece, dim=1, out=out[j])
+                if sq is not None:
+                    sums = _block_squares(tile.values, block_rows, block_cols)
                     sq[
                         r // block_rows : -(-(r + h) // block_rows),
                         c // block_cols : -(-(c + w) // block_cols),
                         j,
                     ] = sums.view(-(-h // block_rows), -(-w // block_cols))
                 if direct is not None:
-                    dots[:, j] += (direct * tile).sum((1, 2))
-                if target is not None and tile is not target:
-                    target.add_(tile) if j else target.copy_(tile)
-            if partial is not None and norms is not None:
-                partial += norms.double().square_().sum(1)
-    if partial is not None:
-        sq[0, 0] = partial
+                    dots[:, j] += (direct * tile.values).sum((1, 2))
+                if target is not None and tile.values is not target:
+                    target.add_(tile.values) if j else target.copy_(tile.values)
+    if sq is None:
+        norms = found[0] if len(found) == 1 else torch.cat([left.new_empty(n, 0), *found], 1)
+        sq = norms.double().square_().sum(1).to(left.dtype).view(1, 1, n)
     return grad, sq.flatten(0, 1), dots
+
+
+class _Tile:
+    """A tile's memory as it is written, one stripe per thread, and as its norm is taken."""
+
+    __slots__ = ("chunks", "stripes", "values")
+
+    def __init__(self, values: Tensor, parts: int, whole: bool) -> None:
+        self.values, self.stripes = values, values.view(parts, -1, values.shape[1])
+        self.chunks = norm_chunks(values.view(-1)) if whole else []
 
 
 def _row_parts(rows: int, cols: int) -> int:
