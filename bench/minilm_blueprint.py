@@ -1,4 +1,5 @@
-"""A blueprint of a real checkpoint on two domains, and whether each still holds for the other.
+"""A blueprint of a real checkpoint on two domains, and whether each still holds for the other, and
+for a third.
 
 python bench/minilm_blueprint.py        # writes docs/examples/minilm-*/, pictures and results
 
@@ -6,7 +7,7 @@ all-MiniLM-L6-v2 (BertModel, 22.7 million parameters), with a loss after its mod
 pooling, cosine similarities times 20, cross entropy of each text against all of the other side of
 its batch, in both directions. Each domain is measured in two halves of different pairs; the halves
 together are its blueprint, apart they say what a domain's blueprint is worth on fresh data of the
-same domain.
+same domain. Of a third domain, further from both, there is one sample as large as a half.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fastgrad as fg
 from fastgrad.files import write_text
 from fastgrad.staleness import MIN_UNITS, Staleness
-from minilm_pairs import Pairs, code_pairs, prose_pairs
+from minilm_pairs import Pairs, code_pairs, licence_pairs, prose_pairs
 from timing import environment
 
 ROOT = Path(__file__).parent.parent
@@ -147,9 +148,11 @@ def weights_alone(blueprint: fg.Blueprint, seed: int) -> dict[str, Any]:
 
 
 def draw(code: fg.Blueprint, prose: fg.Blueprint, rows: list[Any], target: Path) -> None:
-    """All pictures of the document."""
+    """All pictures of the document, and the model card of the first domain."""
+    from fastgrad.model_card import write_card
     from fastgrad.plots import new_figure, save_figure, staleness_plot
     from fastgrad.plots_blueprint import blueprint_figure, domains_figure
+    from fastgrad.plots_card import card_pictures
 
     for tag, blueprint in (("code", code), ("prose", prose)):
         save_figure(blueprint_figure(blueprint), target / f"minilm-{tag}" / "blueprint")
@@ -160,6 +163,8 @@ def draw(code: fg.Blueprint, prose: fg.Blueprint, rows: list[Any], target: Path)
     ):
         staleness_plot(ax, released, local, result, name=name, local_name=local_name)
     save_figure(figure, target / "minilm-staleness")
+    folder = target / "minilm-code"
+    write_card(folder, code, figures=card_pictures(code, folder))
 
 
 def main() -> None:
@@ -190,6 +195,10 @@ def main() -> None:
         ]
         halves[name] = [stats for stats, _ in measured]
         losses[name] = sum(loss for _, loss in measured) / 2
+    far = licence_pairs(n, args.seed)
+    far_stats, far_loss = measure(
+        model, tokenizer, far, slice(0, n), args.pairs, args.tokens, args.seed
+    )
     whole = {name: a.merge(b) for name, (a, b) in halves.items()}
     made = {name: blueprint_of(stats, model, name) for name, stats in whole.items()}
     half_of = {name: blueprint_of(stats[0], model, name) for name, stats in halves.items()}
@@ -201,6 +210,7 @@ def main() -> None:
           for n in made),
         ("code", "prose", made["code"].staleness(whole["prose"])),
         ("prose", "code", made["prose"].staleness(whole["code"])),
+        *((n, far.name, made[n].staleness(far_stats)) for n in made),
     ]  # fmt: skip
     nearest = {}
     for name, (_, second) in halves.items():
@@ -209,7 +219,7 @@ def main() -> None:
                          "reason": found.reason}  # fmt: skip
     draw(made["code"], made["prose"], [
         ("code, first half", half_of["code"], "code, second half", halves["code"][1], stale[0][2]),
-        ("code", made["code"], "prose", whole["prose"], stale[2][2]),
+        ("code", made["code"], far.name, far_stats, stale[4][2]),
     ], args.out)  # fmt: skip
     record = {
         "environment": environment() | {
@@ -227,6 +237,9 @@ def main() -> None:
             }
             for name, b in made.items()
         },
+        "other": {"name": far.name, "source": far.source, "n_pairs": len(far.pairs),
+                  "n_pairs_in_source": far.n_all, "loss": far_loss,
+                  "n_batches": far_stats.n_batches},
         "staleness": [compared(*row) for row in stale],
         "nearest": nearest,
         "seconds": time.perf_counter() - start,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import fastgrad as fg
-from fastgrad.heavytail import DEAD_RELATIVE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "minilm" / "results.json"
@@ -56,7 +55,7 @@ def section(path: Path = RESULTS) -> str:
         "Asked which domain fresh pairs are most like, the file with both domains says "
         + "; ".join(f"of {name}: {' + '.join(n['tags']) or 'none'}, {n['verdict']} ({n['reason']})"
                     for name, n in data["nearest"].items()) + ".",
-        "", _drift(data["staleness"]), "",
+        "", _far(data["other"]) + " " + _drift(data["staleness"], data["other"]), "",
         f"{model['class']} `{model['name']}`, {model['n_parameters']:,} parameters, weights "
         f"`{model['weights_hash'][:23]}`; {settings['pairs']} pairs in a batch, texts of at most "
         f"{settings['tokens']} tokens, seed {settings['seed']}. {env['date']}, "
@@ -116,23 +115,25 @@ def _largest(domains: dict[str, dict[str, Any]]) -> str:
 
 def _rounding(names: list[str]) -> str:
     """Key biases: softmax does not change where the same is added to all logits of a query, so
-    their gradient is zero but for rounding, which lies above the bar for dead parameters."""
+    their gradient is zero but for rounding, which is what ``dead`` has to find."""
     found: list[float] = []
+    missed: list[str] = []
     for name in names:
         file = fg.Blueprint.from_pretrained(ROOT / "docs" / "examples" / f"minilm-{name}")
         norms = {s.name: s.grad_norm for s in file.submodules if s.grad_norm}
-        found += [
-            norm / max(norms.values()) for n, norm in norms.items()
-            if n.endswith("key.bias") and n not in file.dead
-        ]  # fmt: skip
+        keys = [n for n in norms if n.endswith("key.bias")]
+        found += [norms[n] / max(norms.values()) for n in keys]
+        missed += [n for n in keys if n not in file.dead]
     if not found:
         return ""
-    return (
+    text = (
         f" The biases of the keys ({len(found) // len(names)} of them) have no gradient in exact "
         "arithmetic, since softmax does not change when a query's logits all grow by the same; "
-        f"what is measured, {max(found):.0e} of the largest norm at most, is rounding, above the "
-        f"{DEAD_RELATIVE:.0e} below which a parameter counts as dead."
+        f"what is measured, {max(found):.0e} of the largest norm at most, is rounding"
     )
+    if missed:
+        return text + f", and {len(missed)} of these measurements were not told from a gradient."
+    return text + ", and they are among the dead."
 
 
 def _power_law(domains: dict[str, dict[str, Any]]) -> str:
@@ -169,20 +170,50 @@ def _comparison(row: dict[str, Any]) -> str:
             f"{' | '.join(cells)} |")  # fmt: skip
 
 
-def _drift(rows: list[dict[str, Any]]) -> str:
+_STATISTICS = (("Spearman", "spearman"), ("weighted tau", "weighted_tau"),
+               ("the top 20 %", "top_jaccard"))  # fmt: skip
+
+
+def _less(row: dict[str, Any], key: str) -> bool:
+    """Whether a statistic, as printed, is below that between halves of the less sure sample."""
+    halves = [h[key] for h in (row["local"], row["released"]) if h is not None]
+    return row[key] is not None and bool(halves) and round(row[key], 2) < round(min(halves), 2)
+
+
+def _far(far: dict[str, Any]) -> str:
+    return (f"The third sample, {far['source']}: {far['n_pairs']} of {far['n_pairs_in_source']} "
+            f"pairs in {far['n_batches']} batches, loss {far['loss']:.3f}.")  # fmt: skip
+
+
+def _drift(rows: list[dict[str, Any]], far: dict[str, Any]) -> str:
+    """What was found between domains: among the two measured in full, and with the third."""
     across = [r for r in rows if "half" not in r["blueprint"]]
-    verdicts = {r["verdict"] for r in across}
-    if verdicts == {"fresh"}:
-        return ("Between these two domains the verdict is fresh: which parameters have the largest "
-                "gradients differs between them no more than between halves of one of them. A "
-                "blueprint of either would do for the other.")  # fmt: skip
-    if verdicts == {"drifted"}:
-        return ("Between the two domains the verdict is drifted: a blueprint of the one should not "
-                "choose what is trained on the other.")  # fmt: skip
-    return "Between the two domains: " + "; ".join(
-        f"blueprint of {r['blueprint']} for {r['sample']}: {r['verdict']}, {r['reason']}"
-        for r in across
-    )  # fmt: skip
+    said = []
+    for what, some in (
+        ("Between code and prose", [r for r in across if r["sample"] != far["name"]]),
+        (f"For the {far['name']}, which are not about Python,",
+         [r for r in across if r["sample"] == far["name"]]),
+    ):  # fmt: skip
+        verdicts = {r["verdict"] for r in some}
+        if verdicts == {"fresh"}:
+            less = [label for label, key in _STATISTICS if any(_less(r, key) for r in some)]
+            said.append(f"{what} the verdict is fresh: " + (
+                f"within the tolerances, though {', '.join(less)} agree less than between "
+                "halves of one sample." if less else
+                "ranks agree no less than between halves of one sample."))  # fmt: skip
+        elif verdicts == {"drifted"}:
+            said.append(f"{what} the verdict is drifted: such a blueprint should not choose what "
+                        "is trained there.")  # fmt: skip
+        else:
+            said.append(f"{what}: " + "; ".join(
+                f"blueprint of {r['blueprint']} for {r['sample']}: {r['verdict']}, {r['reason']}"
+                for r in some) + ".")  # fmt: skip
+    if {r["verdict"] for r in across} == {"fresh"}:
+        said.append(
+            "So where this model's gradient is depends little on what the texts are about, and by "
+            "these tolerances a blueprint of either would do for all three."
+        )
+    return " ".join(said)
 
 
 __all__ = ["section"]

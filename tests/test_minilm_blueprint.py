@@ -65,6 +65,15 @@ def test_the_same_pairs_come_with_the_same_seed_and_none_twice():
         minilm_pairs.prose_pairs(10**6, 0)
 
 
+def test_licences_give_pairs_of_which_no_paragraph_comes_twice():
+    found = minilm_pairs.licence_pairs(20, 0)
+    assert found.n_all >= len(found.pairs) == 20
+    everything = minilm_pairs.licence_pairs(found.n_all, 0).pairs
+    texts = [text for pair in everything for text in pair]
+    assert len(set(texts)) == len(texts)
+    assert any("WARRANT" in text for text in texts)
+
+
 def test_the_loss_is_that_of_every_text_against_the_others():
     torch.manual_seed(0)
     hidden, mask = torch.randn(6, 5, 4), torch.ones(6, 5)
@@ -102,7 +111,18 @@ def test_what_is_said_follows_from_what_was_found():
     said = minilm_report._power_law({"a": {"tail": flat, "matrices": flat}})
     assert "none have" in said
     assert "does not bear the assumption out" in said
-    row = {"blueprint": "a", "sample": "b", "verdict": "drifted", "reason": "r"}
-    assert "should not choose" in minilm_report._drift([row, row])
-    assert "r" in minilm_report._drift([row, row | {"verdict": "fresh"}])
-    assert "would do for the other" in minilm_report._drift([row | {"verdict": "fresh"}])
+    halves = {"spearman": 0.9, "weighted_tau": 0.8, "top_jaccard": 0.7}
+    row = {"blueprint": "a", "sample": "b", "verdict": "drifted", "reason": "r", **halves,
+           "local": halves, "released": None}  # fmt: skip
+    far, third = {"name": "c"}, row | {"sample": "c", "reason": "why"}
+    fresh, new = row | {"verdict": "fresh"}, third | {"verdict": "fresh"}
+    said = minilm_report._drift([row, row, new], far)
+    assert "Between code and prose the verdict is drifted" in said
+    assert "For the c, which are not about Python, the verdict is fresh: ranks agree no" in said
+    assert "would do for all three" not in said
+    assert "for c: drifted, why" in minilm_report._drift([fresh, third, new], far)
+    assert "would do for all three" in minilm_report._drift([fresh, new], far)
+    own = row | {"blueprint": "a, first half"}
+    assert "would do for all three" in minilm_report._drift([own, fresh, new], far)
+    said = minilm_report._drift([fresh, new | {"top_jaccard": 0.6}], far)
+    assert "though the top 20 % agree less than between halves" in said
