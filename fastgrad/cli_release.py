@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +17,9 @@ from fastgrad.cli_common import (
     usage,
     verb,
 )
-from fastgrad.model_card import Emissions, Picture, write_card
+
+if TYPE_CHECKING:
+    from fastgrad.model_card import Emissions, Picture
 
 
 def card(
@@ -65,6 +67,8 @@ def card(
 
     [bold]fastgrad blueprint card my-model/ --energy 1.4 --carbon-intensity 380 --source "meter"[/]
     """
+    from fastgrad.model_card import write_card
+
     measured = _emissions(emissions, energy, carbon_intensity, source, location, hardware,
                           training_type)  # fmt: skip
     blueprint = open_blueprint(str(folder))
@@ -104,6 +108,8 @@ def _emissions(
                 usage("it is of emissions, and none are given: --emissions or --energy",
                       f"--{name.replace('_', '-')}")  # fmt: skip
         return None
+    from fastgrad.model_card import Emissions
+
     if source is None:
         usage("emissions need it: how they were measured, in words", "--source")
     if grams is not None:
