@@ -97,7 +97,8 @@ def lorenz_plot(
            ylabel=f"share of {what}", title="Concentration (Lorenz curve)")  # fmt: skip
     percent(ax.xaxis)
     percent(ax.yaxis)
-    ax.legend(loc="lower right", frameon=False, fontsize=9)
+    legend = ax.legend(loc="lower right", frameon=True, framealpha=0.85, fontsize=9)
+    legend.get_frame().set_linewidth(0)  # in small axes lines pass below it
 
 
 # -- heat map ----------------------------------------------------------------------------
@@ -144,6 +145,22 @@ def short(module: str) -> str:
     return module
 
 
+def _every(labels: Sequence[str], most: int) -> list[int]:
+    return list(range(0, len(labels), max(1, math.ceil(len(labels) / most))))
+
+
+def _layers_shown(labels: Sequence[str]) -> list[int]:
+    """All columns where there is room; else every second, fifth, tenth, ... layer."""
+    if len(labels) <= _MANY:
+        return list(range(len(labels)))
+    numbers = {i: int(label) for i, label in enumerate(labels) if label.isdigit()}
+    for step in (m * 10**e for e in range(10) for m in (1, 2, 5)):
+        shown = [i for i, number in numbers.items() if number % step == 0]
+        if len(shown) <= _MANY:
+            return shown
+    return _every(labels, _MANY)
+
+
 def heat_map(
     ax: Any,
     names: Sequence[str],
@@ -184,9 +201,10 @@ def heat_map(
     low, high = within(table[np.isfinite(table)])
     low = max(low, far_below(table[np.isfinite(table)]))
     high = high if high > low else low * 1.01
+    gap = min(1.0, 24 / max(table.shape))  # between cells; as wide as thin ones it would hide them
     norm = LogNorm(low, high)
     mesh = ax.pcolormesh(
-        np.ma.masked_invalid(table), cmap=colours, norm=norm, edgecolor="white", linewidth=1.0
+        np.ma.masked_invalid(table), cmap=colours, norm=norm, edgecolor="white", linewidth=gap
     )
     named = np.zeros(table.shape, dtype=bool)
     for cell in cells.values():
@@ -194,11 +212,10 @@ def heat_map(
     blank = named & ~np.isfinite(table)
     if blank.any():
         ax.pcolormesh(np.ma.masked_where(~blank, np.ones(table.shape)), edgecolor="white",
-                      linewidth=1.0, cmap=ListedColormap([_ABSENT]))  # fmt: skip
+                      linewidth=gap, cmap=ListedColormap([_ABSENT]))  # fmt: skip
     ax.invert_yaxis()
     for axis, labels in ((ax.xaxis, columns), (ax.yaxis, rows)):
-        step = max(1, math.ceil(len(labels) / (_MANY if axis is ax.xaxis else 2 * _MANY)))
-        shown = range(0, len(labels), step)
+        shown = _layers_shown(labels) if axis is ax.xaxis else _every(labels, 2 * _MANY)
         axis.set_ticks([i + 0.5 for i in shown], [literal(labels[i]) for i in shown])
         axis.set_tick_params(length=0)
     for spine in ax.spines.values():

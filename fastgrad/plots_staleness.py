@@ -96,7 +96,9 @@ def staleness_plot(
     ax.grid(color="#eeeeee", zorder=0)
     ax.set_axisbelow(True)
     ax.legend(loc="upper left", frameon=False, fontsize=9)
-    ax.text(0.98, 0.03, statistics_text(result), transform=ax.transAxes, ha="right", va="bottom",
+    # Ordinary spaces at the begin of a line and in a row are one in an SVG's text.
+    table = statistics_text(result).replace(" ", "\u00a0")
+    ax.text(0.98, 0.03, table, transform=ax.transAxes, ha="right", va="bottom",
             fontsize=9, family="monospace", linespacing=1.35)  # fmt: skip
 
 
