@@ -150,7 +150,7 @@ class ParamRecord:
             grad = (wide(left).T @ wide(right)).to(dtype or left.dtype)
         else:
             block_rows, block_cols, blocks = place
-            influence = _complex_influence if left.is_complex() else ops.cross_influence
+            influence = _complex_influence if left.is_complex() else ops.influence
             grad, sq, dots = influence(
                 left, right, rows.offsets, block_rows, block_cols, self._directions(region), True,
                 dtype,

@@ -53,8 +53,8 @@ class TapMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        batch = self.batch()
-        if batch is None or func in _QUESTIONS:
+        batch = None if func in _QUESTIONS else self.batch()
+        if batch is None:
             return func(*args, **kwargs)
         under_checkpoint(batch)
         if not torch.is_grad_enabled():  # a reentrant checkpoint: only whose rows are whose counts
@@ -64,7 +64,8 @@ class TapMode(TorchFunctionMode):
         tensors = tensors_in(args)
         if kwargs:
             tensors_in(kwargs.values(), tensors)
-        batch = batch.meant_by(tensors)
+        if batch.earlier:
+            batch = batch.meant_by(tensors)
         out = NotImplemented
         if not any(may_have_roots(t, batch) for t in tensors):
             out = func(*args, **kwargs)

@@ -107,6 +107,31 @@ def test_rows_of_zeros_are_left_out(lengths, kept, gram, side, monkeypatch):
     assert (seen[-1] < max(lengths)) == (kept <= 0.6)
 
 
+def test_rows_that_only_begin_with_zeros_stay(monkeypatch):
+    """What a few numbers of a row suggest is counted before anything is left out."""
+    monkeypatch.setattr(cpu, "prefer_gram", lambda *a: True)
+    torch.manual_seed(0)
+    left, right = torch.randn(80, 100), torch.randn(80, 20)
+    offsets = offsets_of([40, 40])
+    for width in (1, cpu.ZERO_WIDTH, 99):
+        left[:, :width] = 0
+        _, sq, _ = cpu.cross_influence(left, right, offsets, 100, 20, None, True)
+        _, want, _ = reference.cross_influence(left, right, offsets, 100, 20)
+        torch.testing.assert_close(sq.double(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("half", [1, 2, 1000])
+@pytest.mark.parametrize("lengths", [[8] * 5, [9] * 5, [2], [12, 0, 5, 1, 8]])
+def test_pairs_in_halves_and_whole(lengths, half, monkeypatch):
+    monkeypatch.setattr(cpu, "GRAM_HALF", half)
+    monkeypatch.setattr(cpu, "GRAM_PAIR_LIMIT", 200)  # several groups
+    torch.manual_seed(0)
+    left, right = torch.randn(sum(lengths), 24), torch.randn(sum(lengths), 16)
+    sq = cpu.gram_norms(left, right, offsets_of(lengths).tolist())
+    _, want, _ = reference.cross_influence(left, right, offsets_of(lengths), 24, 16)
+    torch.testing.assert_close(sq.double(), want[0], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_no_damage_is_left_out_with_rows_of_zeros(bad):
     """Zero times infinity is NaN: what the whole product shows must show here too."""
@@ -784,6 +809,29 @@ def test_flops_are_counted():
         ops.sparse_wgrad(left, right, torch.tensor([0, 3]), 2, 4)
         ops.expert_wgrad(left, right, offsets_of([2, 2, 8]), torch.tensor([1]))
     assert counter.get_total_flops() == 2 * 12 * 5 * 6 + 2 * 12 * 2 * 8 + 2 * 12 * 5 * 6 // 3
+
+
+def test_a_backward_pass_takes_the_short_way_unless_somebody_watches(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = torch.randn(12, 5), torch.randn(12, 6), offsets_of([5, 7]), 5, 6
+    with torch.no_grad():
+        want, have = ops.cross_influence(*args), ops.influence(*args)
+        assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+        with FlopCounterMode(display=False) as counter:
+            ops.influence(*args)
+    assert counter.get_flop_counts()["Global"] == {
+        torch.ops.fastgrad.cross_influence: 2 * 12 * 5 * 6
+    }
+    called = []
+    monkeypatch.setattr(ops, "cross_influence", lambda *a: called.append(a))
+    with torch.no_grad():
+        ops.influence(*args)
+        assert not called
+        with FlopCounterMode(display=False):
+            ops.influence(*args)
+    ops.influence(*args)  # with a graph: the operator says that it has no gradient
+    assert len(called) == 2
 
 
 @pytest.mark.parametrize("n", [0, 1, 4096, 4097, 1 << 21])

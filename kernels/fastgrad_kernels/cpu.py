@@ -47,10 +47,10 @@ ROW_PART = 1 << 16
 # that they save is lost again to smaller products (16 to 128 tokens at widths 256 to 4096, on one
 # and two threads: from 64 tokens on, halves save 10 to 25 %).
 GRAM_HALF = 32
-# Rows looked at to see whether many are zero, how much of each (a line of cache), and the share of
-# them that makes it worth a count.
+# Rows looked at to see whether many are zero, first one number of each, then, if many are, some
+# more; and the share of them that makes it worth a count.
 ZERO_SAMPLE = 32
-ZERO_WIDTH = 16
+ZERO_WIDTH = 64
 ZERO_SHARE = 0.25
 # The Gram form works on groups of examples with at most this many token pairs at once.
 GRAM_PAIR_LIMIT = 1 << 22
@@ -107,9 +107,7 @@ def without_zero_rows(
     """
     if left.device.type != "cpu" or len(left) < ZERO_SAMPLE:
         return left, right, bounds  # elsewhere the host would wait for the count
-    step = len(left) // ZERO_SAMPLE
-    corners = (f.detach()[::step, :ZERO_WIDTH].numpy() for f in (left, right))
-    shares = [1 - corner.any(1).mean() for corner in corners]
+    shares = [_zero_share(f) for f in (left, right)]
     if max(shares) < ZERO_SHARE:
         return left, right, bounds
     sparse, dense = (left, right) if shares[0] >= shares[1] else (right, left)
@@ -127,6 +125,14 @@ def without_zero_rows(
     if len(keep) > (1 - ZERO_SHARE) * len(zero) or not torch.isfinite(dense.sum()):
         return left, right, bounds
     return left[keep], right[keep], new
+
+
+def _zero_share(matrix: Tensor) -> float:
+    """Share of zero rows among some of them, as far as one can see from their first numbers."""
+    some = matrix[:: len(matrix) // ZERO_SAMPLE, :ZERO_WIDTH]
+    if some.shape[1] and some[:, 0].tolist().count(0.0) < ZERO_SHARE * len(some):
+        return 0.0
+    return float(_zero_rows(some).float().mean())
 
 
 def _zero_rows(matrix: Tensor) -> Tensor:
@@ -156,17 +162,19 @@ def gram_norms(left: Tensor, right: Tensor, bounds: Sequence[int]) -> Tensor:
         for s in range(0, n, step):
             rows = slice(bounds[s], bounds[min(s + step, n)])
             parts.append(_gram(left[rows], right[rows], length))
-        sq, size = (torch.cat(p) for p in zip(*parts, strict=True))
     else:
-        pairs = [_gram(left[s:e], right[s:e], e - s) for s, e in pairwise(bounds)]
-        sq, size = (torch.cat(p) for p in zip(*pairs, strict=True))
-    for j in (sq < CANCELLED * size).nonzero().flatten().tolist():
-        s, e = bounds[j], bounds[j + 1]
-        sq[j] = sum_of_squares(left[s:e].T @ right[s:e])
-    return sq
+        parts = [_gram(left[s:e], right[s:e], e - s) for s, e in pairwise(bounds)]
+    # The rest is a few numbers per example: Python's own are the quickest.
+    sq = [total for totals, _ in parts for total in totals]
+    sizes = (size for _, part in parts for size in part)
+    for j, size in enumerate(sizes):
+        if sq[j] < CANCELLED * size:
+            s, e = bounds[j], bounds[j + 1]
+            sq[j] = float(sum_of_squares(left[s:e].T @ right[s:e]))
+    return torch.tensor(sq, dtype=left.dtype, device=left.device)
 
 
-def _gram(left: Tensor, right: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _gram(left: Tensor, right: Tensor, length: int) -> tuple[list[float], list[float]]:
     """Sum and sum of magnitudes of the token-by-token products, ``[n]`` each, of ``[n·length,
     features]``."""
     n = left.shape[0] // length if length else 1
@@ -175,11 +183,17 @@ def _gram(left: Tensor, right: Tensor, length: int) -> tuple[Tensor, Tensor]:
     sums = products.new_empty(2, len(products))
     torch.sum(products, 1, out=sums[0])
     torch.linalg.vector_norm(products, 1, dim=1, out=sums[1])
-    if len(products) == n:
-        return sums[0], sums[1]
-    of_first = sums[:, : 2 * n].unflatten(1, (n, 2))
-    total, size = of_first[..., 0].add(of_first[..., 1], alpha=2).add_(sums[:, 2 * n :])
-    return total, size
+    total, size = sums.tolist()
+    if len(total) == n:
+        return total, size
+    return _of_halves(total), _of_halves(size)
+
+
+def _of_halves(sums: list[float]) -> list[float]:
+    """``[n]`` from sums over :func:`_pairs` in halves, ``[3n]``."""
+    both = len(sums) // 3 * 2
+    parts = zip(sums[:both:2], sums[1:both:2], sums[both:], strict=True)
+    return [first + 2 * between + second for first, between, second in parts]
 
 
 def _pairs(matrix: Tensor, length: int) -> Tensor:

@@ -170,6 +170,8 @@ def norm_chunks(flat: Tensor) -> list[Tensor]:
     """The chunks of :func:`chunk_norms` as views: ``[n, NORM_CHUNK]`` of whole ones, ``[1, m]`` of
     what remains; what is empty is left out."""
     main = flat.numel() // NORM_CHUNK
+    if main and main * NORM_CHUNK == flat.numel():
+        return [flat.view(main, NORM_CHUNK)]
     whole, rest = flat[: main * NORM_CHUNK], flat[main * NORM_CHUNK :]
     return [v for v in (whole.view(-1, NORM_CHUNK), rest.view(1, -1)) if v.numel()]
 
@@ -186,7 +188,7 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
         x = x.T
     norms = x.new_empty(-(-x.numel() // NORM_CHUNK))
     chunk_norms(x.reshape(-1), norms)
-    return norms.double().square_().sum()
+    return torch.linalg.vector_norm(norms, dtype=torch.float64).square_()
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

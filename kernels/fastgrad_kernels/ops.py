@@ -131,6 +131,29 @@ def _(
     return grad, sq, left.new_empty(n_dir, n, dtype=dtype)
 
 
+def influence(
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    block_rows: int,
+    block_cols: int,
+    directions: Tensor | None = None,
+    want_grad: bool = True,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`cross_influence` for a backward pass that is not traced itself.
+
+    On a CPU and if nobody watches operators (FLOP counters do, and fake tensors) it leaves out
+    PyTorch's dispatcher: between two large products, when the code of an operator has left the
+    cache, the way through it takes a quarter of a millisecond per layer.
+    """
+    args = (left, right, offsets, block_rows, block_cols, directions, want_grad)
+    plain = type(left) is type(right) is Tensor and left.device.type == "cpu"
+    if not plain or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+        return cross_influence(*args, grad_dtype)
+    return _influence("cross_influence", *args, grad_dtype=grad_dtype)
+
+
 @torch.library.custom_op("fastgrad::cross_influence_add_", mutates_args=("grad",))
 def cross_influence_add_(
     grad: Tensor,
