@@ -489,11 +489,11 @@ def test_one_command_compares_and_goes_on(tmp_path):
     pytest.importorskip("peft")
     command = [
         sys.executable, str(BENCH / "finetune_arms.py"), "--fast", "--seeds", "2", "--only",
-        "submodules", "lora", "lisa", "--work", str(tmp_path / "work"),
+        "submodules", "lora", "--work", str(tmp_path / "work"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     record = json.loads((tmp_path / "work" / "results.json").read_text())
-    assert list(record["arms"]) == ["full", "submodules", "lora", "lisa"]
+    assert list(record["arms"]) == ["full", "submodules", "lora"]
     assert all(len(runs) == 2 for runs in record["arms"].values())
     assert record["aim"] in " ".join(done.stdout.split())
     assert record["arms"]["full"][0]["test"] < record["loss_before"]["prose_test"] - 0.1
