@@ -115,9 +115,9 @@ def meta_model(reference: str, dtype: torch.dtype | None = None) -> nn.Module:
         ResourceError: if none can be built of it.
         ProbeError: if the config cannot be read.
     """
-    import torch
-
     config = config_of(reference)
+    import torch  # is there by now
+
     wanted = dtype or getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastgrad.cli_common import Json, ModelRef, emit_json, emit_text, usage
+from fastgrad.cli_imports import importing
 from fastgrad.cli_models import meta_model
 from fastgrad.cli_values import DTYPES, batch_shape_of, dtype_of
 
@@ -49,7 +50,8 @@ def plan(
 
         chosen = Selection.load(selection)
     net = meta_model(model, weights)
-    from fastgrad.planner import plan_memory  # torch is there by now
+    with importing():
+        from fastgrad.planner import plan_memory
 
     if chosen is not None:
         chosen.check_model(net, allow_other_weights=True)  # a meta model has no weights to compare

@@ -19,6 +19,7 @@ from fastgrad.cli_common import (
     usage,
 )
 from fastgrad.cli_data import Reading, batch_of, check_options, read_examples
+from fastgrad.cli_imports import importing
 from fastgrad.cli_models import kind_of, load_model, load_tokenizer
 from fastgrad.cli_values import dtype_of, spec_of
 
@@ -81,11 +82,12 @@ def probe(
 
     [bold]fastgrad probe my-model/ pairs.jsonl --field question --target answer[/]
     """
-    import torch
+    with importing():
+        import torch
 
-    from fastgrad.blocks import in_words
-    from fastgrad.blueprint_provenance import public_command
-    from fastgrad.probe import Probe
+        from fastgrad.blocks import in_words
+        from fastgrad.blueprint_provenance import public_command
+        from fastgrad.probe import Probe
 
     weights, granularity = dtype_of(dtype), spec_of(blocks)
     check_options(data, field=field, split=split, subset=subset)

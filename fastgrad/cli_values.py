@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from fastgrad.cli_common import open_blueprint
+from fastgrad.cli_imports import importing
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +68,9 @@ def granularity_of(values: Sequence[str] | None) -> str | dict[str, str] | None:
 
 def spec_of(text: str) -> str:
     """One granularity of blocks; which stripes heads are, the model says."""
-    from fastgrad.blocks import check_spec
-    from fastgrad.errors import BlockSpecError
+    with importing():
+        from fastgrad.blocks import check_spec
+        from fastgrad.errors import BlockSpecError
 
     try:
         return text if text == "head" else check_spec(text)
@@ -137,7 +139,8 @@ def dtype_of(text: str | None) -> torch.dtype | None:
         return None
     if text not in DTYPES:
         raise typer.BadParameter(f"{text!r} is no dtype; use {', '.join(DTYPES)}")
-    import torch
+    with importing():
+        import torch
 
     found: torch.dtype = getattr(torch, text)
     return found
