@@ -9,7 +9,12 @@ import typer
 
 from fastgrad.cli_common import (
     BlueprintRef,
+    Created,
+    Domains,
     Json,
+    ModelName,
+    ModelRevision,
+    TokensPerStep,
     beside,
     emit,
     emit_json,
@@ -36,23 +41,15 @@ def create(
         typer.Argument(metavar="STATS", help="What `fastgrad probe` or a ShardWriter wrote."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
-    domain: Annotated[
-        list[str] | None, typer.Option(help="What the data is about; may be repeated.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Hub id of the model.")] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Of the model: commit, tag or branch.")
-    ] = None,
+    domain: Domains = None,
+    name: ModelName = None,
+    revision: ModelRevision = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option(help="Name of the data set; what the statistics say by default; repeatable."),
     ] = None,
-    created: Annotated[
-        str | None, typer.Option(help="ISO date to write; today by default.")
-    ] = None,
-    tokens_per_step: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a training step, for k* of FLOPs.")
-    ] = None,
+    created: Created = None,
+    tokens_per_step: TokensPerStep = None,
     as_json: Json = False,
 ) -> None:
     """Make a blueprint of measured statistics.

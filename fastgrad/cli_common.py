@@ -28,6 +28,17 @@ T = TypeVar("T")
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+# Options that several verbs have.
+Split = Annotated[str | None, typer.Option(help="Of a data set with several splits.")]
+Subset = Annotated[str | None, typer.Option(help="Of a data set with several subsets.")]
+Rows = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
+Domains = Annotated[list[str] | None, typer.Option(help="What the data is about; may be repeated.")]
+ModelName = Annotated[str | None, typer.Option(help="Hub id of the model.")]
+ModelRevision = Annotated[str | None, typer.Option(help="Of the model: commit, tag or branch.")]
+Created = Annotated[str | None, typer.Option(help="ISO date to write; today by default.")]
+TokensPerStep = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of a training step, for k* of FLOPs.")
+]
 BlueprintRef = Annotated[
     str,
     typer.Argument(

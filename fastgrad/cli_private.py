@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from fastgrad.cli_common import (
+    Created,
+    Domains,
     Json,
+    ModelName,
     ModelRef,
+    ModelRevision,
+    Rows,
+    Split,
+    Subset,
+    TokensPerStep,
     check_writable,
     emit_json,
     emit_text,
@@ -111,16 +119,12 @@ def private(
         str | None,
         typer.Option(help="Of records: the field of the answer. Its tokens alone are labels."),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Of a data set with several splits.")
-    ] = None,
-    subset: Annotated[
-        str | None, typer.Option(help="Of a data set with several subsets.")
-    ] = None,
+    split: Split = None,
+    subset: Subset = None,
     length: Annotated[
         int, typer.Option(min=2, help="At most so many tokens of a record.")
     ] = 128,
-    rows: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 8,
+    rows: Rows = 8,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Records in all, spread evenly; all by default."),
@@ -133,23 +137,15 @@ def private(
         str | None,
         typer.Option(help="ranks or deciles: write these of the noised norms, and no numbers."),
     ] = None,
-    domain: Annotated[
-        list[str] | None, typer.Option(help="What the data is about; may be repeated.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Hub id of the model.")] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Of the model: commit, tag or branch.")
-    ] = None,
+    domain: Domains = None,
+    name: ModelName = None,
+    revision: ModelRevision = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option(help="Name of the data set, which then is public; none without; repeatable."),
     ] = None,
-    created: Annotated[
-        str | None, typer.Option(help="ISO date to write; today by default.")
-    ] = None,
-    tokens_per_step: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a training step, for k* of FLOPs.")
-    ] = None,
+    created: Created = None,
+    tokens_per_step: TokensPerStep = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Measure a causal or masked language model, and write a blueprint with differential privacy

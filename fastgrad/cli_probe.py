@@ -11,6 +11,9 @@ import typer
 from fastgrad.cli_common import (
     Json,
     ModelRef,
+    Rows,
+    Split,
+    Subset,
     check_writable,
     emit,
     emit_json,
@@ -42,12 +45,8 @@ def probe(
         typer.Option(help="Of records: the field of the answer. Its tokens alone are labels; an "
                           "encoder-decoder model needs it."),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Of a data set with several splits.")
-    ] = None,
-    subset: Annotated[
-        str | None, typer.Option(help="Of a data set with several subsets.")
-    ] = None,
+    split: Split = None,
+    subset: Subset = None,
     blocks: Annotated[
         str,
         typer.Option(help="module, row, column, expert, head, a tile such as 128x128 or a stripe "
@@ -56,7 +55,7 @@ def probe(
     length: Annotated[
         int, typer.Option(min=2, help="Tokens per row of a text; at most so many of a record.")
     ] = 128,
-    rows: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 8,
+    rows: Rows = 8,
     limit: Annotated[
         int, typer.Option(min=1, help="Examples in all, spread evenly over the data.")
     ] = 256,

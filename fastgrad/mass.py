@@ -7,6 +7,7 @@ for independent examples) over examples. Plain arrays: no model code.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from fastgrad.stats import GradientStats, Scale
 STRETCH = 1 << 25
 
 
-class Rows:
+class Rows(ABC):
     """A matrix of which a stretch of rows is read or made when asked for.
 
     Attributes:
@@ -36,9 +37,9 @@ class Rows:
     def __len__(self) -> int:
         return int(self.shape[0])
 
+    @abstractmethod
     def __getitem__(self, rows: slice) -> npt.NDArray[np.floating]:
         """Some rows, one after the other; those asked for before may be asked for again."""
-        raise NotImplementedError
 
 
 class NpyRows(Rows):

@@ -17,6 +17,6 @@ torch.set_num_threads(1)
 
 def pytest_collection_finish() -> None:
     """Take what is imported by now out of the garbage collector's sight: transformers, accelerate
-    and many tests collect by hand, and each time would walk through all modules (0.3 s)."""
+    and many tests collect by hand, and each time would walk through all modules."""
     gc.collect()
     gc.freeze()

@@ -44,8 +44,8 @@ CANCELLED = 3e-3
 # Elements of a tile below which a thread is not given a product of its own.
 ROW_PART = 1 << 16
 # Halves of an example's tokens below this length are not worth products of their own: the fourth
-# that they save is lost again to smaller products (16 to 128 tokens at widths 256 to 4096, on one
-# and two threads: from 64 tokens on, halves save 10 to 25 %).
+# that they save is lost again to smaller products (tried with 16 to 128 tokens at widths 256 to
+# 4096, on one and two threads).
 GRAM_HALF = 32
 # Rows looked at to see whether many are zero, first one number of each, then, if many are, some
 # more; and the share of them that makes it worth a count.

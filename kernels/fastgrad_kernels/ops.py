@@ -144,8 +144,7 @@ def influence(
     """:func:`cross_influence` for a backward pass that is not traced itself.
 
     On a CPU and if nobody watches operators (FLOP counters do, and fake tensors) it leaves out
-    PyTorch's dispatcher: between two large products, when the code of an operator has left the
-    cache, the way through it takes a quarter of a millisecond per layer.
+    PyTorch's dispatcher, whose code has left the cache whenever a large product is over.
     """
     args = (left, right, offsets, block_rows, block_cols, directions, want_grad)
     plain = type(left) is type(right) is Tensor and left.device.type == "cpu"
