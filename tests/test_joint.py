@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fastgrad as fg
 from fastgrad.errors import SelectionError, StatsError
-from fastgrad.joint import STRATEGIES, JointCost, choose_jointly
+from fastgrad.joint import STRATEGIES, JointCost, _smoothed, choose_jointly
 from fastgrad.mass import MassMatrix, NpyRows
 from fastgrad.scores import diverse_top, example_scores, profiles
 
@@ -404,3 +404,15 @@ def test_diverse_top_refuses_what_makes_no_sense():
     ):
         with pytest.raises(StatsError, match=message):
             diverse_top(scores, features, count, similarity)
+
+
+def test_patterns_that_undershoot_hold_nothing():
+    """Where the leading patterns of T are negative there is no mass, not that of the square."""
+    t = np.eye(4, 6)[[0, 1, 2, 0]] + np.random.default_rng(0).random((4, 6)) * 0.3
+    u, values, v = np.linalg.svd(t, full_matrices=False)
+    leading = (u[:, :2] * values[:2]) @ v[:2]
+    assert leading.min() < -0.05
+    smoothed = _smoothed(MassMatrix.of(t**2), 2, 0)
+    expected = np.maximum(leading, 0) ** 2
+    assert np.allclose(smoothed.in_memory(), expected, rtol=1e-6, atol=1e-9)
+    assert np.allclose(smoothed.by_block, expected.sum(1), rtol=1e-6)
