@@ -197,7 +197,12 @@ class BlockGrid:
                 f"{name}: block numbers {array.min()}..{array.max()} do not fit its "
                 f"{self.n_blocks} blocks of granularity {self.spec!r}"
             )
-        unique = np.unique(array)
+        if array.size > self.n_blocks // 64:  # marks are quicker than sorting many numbers
+            marked = np.zeros(self.n_blocks, dtype=np.bool_)
+            marked[array] = True
+            unique = np.flatnonzero(marked)
+        else:
+            unique = np.unique(array)
         if unique.size != array.size:
             raise BlockSpecError(f"{name}: the same block is listed twice")
         return unique

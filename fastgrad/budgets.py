@@ -184,8 +184,8 @@ def largest_within(
     of ``low`` costs more.
 
     Between a capacity that fits and one that does not, the next one to try is where the limit
-    is expected, or halfway where that did not help. Each answer has been priced itself, so it fits
-    even where costs do not rise with the capacity everywhere.
+    is expected, or halfway where two such steps have not halved what is in between. Each answer has
+    been priced itself, so it fits even where costs do not rise with the capacity everywhere.
 
     Args:
         limit: of the cost.
@@ -194,8 +194,8 @@ def largest_within(
         same: whether two fillings are the same, which saves pricing them twice.
         cost: price of a filling; dear.
         part: the part of the price that is cheap to know and rises with every element. The rest
-            (activations) is expected to stay what it was at the last filling that was priced;
-            without ``part`` the price is expected to be linear in the capacity.
+            (activations, and what is not alive at the peak) is expected on the line through the
+            two latest attempts; without ``part`` the price is expected to be linear.
         effort: when to stop.
     """
     enough = max(1, int(high * effort.resolution))
@@ -204,16 +204,21 @@ def largest_within(
         price = cost(found)
         return Attempt(capacity, found, price, price - part(found) if part is not None else 0.0)
 
-    def expected(fits: Attempt[Found], fails: Attempt[Found], rest: float) -> int:
+    # The middle of what ends the search: a guess that is a little off fits, and is the last one.
+    aim = limit * (1 - effort.resolution / 2)
+
+    def expected(fits: Attempt[Found], fails: Attempt[Found]) -> int:
+        width = fails.capacity - fits.capacity
         if part is None:
-            share = (limit - fits.cost) / (fails.cost - fits.cost)
-            return fits.capacity + int((fails.capacity - fits.capacity) * share)
+            return fits.capacity + int(width * (aim - fits.cost) / (fails.cost - fits.cost))
+        one, other = latest
+        apart = other.capacity - one.capacity
+        slope = (other.rest - one.rest) / apart if apart else 0.0
         below, above = fits.capacity, fails.capacity
         while above - below > max(1, enough // 10):
             middle = (below + above) // 2
-            below, above = (
-                (middle, above) if part(filled(middle)) + rest <= limit else (below, middle)
-            )
+            price = part(filled(middle)) + other.rest + slope * (middle - other.capacity)
+            below, above = (middle, above) if price <= aim else (below, middle)
         return below
 
     fits = attempt(low, filled(low))
@@ -222,16 +227,19 @@ def largest_within(
     fails = attempt(high, filled(high))
     if fails.cost <= limit:
         return fails
-    latest, width = fails, 2 * (high - low)
+    # What the rest is expected from: first the ends, then what was found between them, for the ends
+    # are unlike all else (nothing is trained in packed blocks).
+    latest = fits, fails
+    before = width = 4 * (high - low)
     attempts = 0
     while attempts < effort.attempts:
-        before, width = width, fails.capacity - fits.capacity
+        earlier, before, width = before, width, fails.capacity - fits.capacity
         if width <= enough or limit - fits.cost <= limit * effort.resolution:
             break
         middle = (fits.capacity + fails.capacity) // 2
-        if 2 * width <= before:  # the last step served well
+        if 2 * width <= earlier:
             margin = max(width // 50, 1) if part is None else 1
-            middle = expected(fits, fails, latest.rest)
+            middle = expected(fits, fails)
             middle = min(max(middle, fits.capacity + margin), fails.capacity - margin)
         found = filled(middle)
         if same(found, fits.found):
@@ -239,8 +247,9 @@ def largest_within(
         elif same(found, fails.found):
             fails = fails._replace(capacity=middle)
         else:
-            latest, attempts = attempt(middle, found), attempts + 1
-            fits, fails = (latest, fails) if latest.cost <= limit else (fits, latest)
+            new, attempts = attempt(middle, found), attempts + 1
+            latest = (latest[1] if attempts > 1 else new), new
+            fits, fails = (new, fails) if new.cost <= limit else (fits, new)
     return fits
 
 

@@ -186,6 +186,8 @@ class MemoryPlanner:
         )
 
     def _terms(self, selection: Selection | None) -> tuple[dict[str, int], dict[str, int]]:
+        if selection is not None and self._is_everything(selection):
+            selection = None
         key = None if selection is None else selection_key(selection)
         if key not in self._runs:
             terms = _static_terms(
@@ -196,6 +198,12 @@ class MemoryPlanner:
                 phases = self._step(selection, self._batch_shape, terms)
             self._runs[key] = terms, phases
         return self._runs[key]
+
+    def _is_everything(self, selection: Selection) -> bool:
+        """All weights are trained, whatever blocks they are cut into."""
+        return selection.n_parameters == sum(p.numel() for p in self._own.values()) and all(
+            selection.is_whole(name) for name in selection.blocks
+        )
 
     def _step(
         self, selection: Selection | None, batch_shape: tuple[int, int], terms: dict[str, int]

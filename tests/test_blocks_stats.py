@@ -58,8 +58,22 @@ def test_grids_of_each_granularity():
         grid.check_ids([1, 1], "w")
     with pytest.raises(BlockSpecError, match="do not fit"):
         grid.check_ids([6], "w")
+    with pytest.raises(BlockSpecError, match="-1"):
+        grid.check_ids([-1], "w")
     with pytest.raises(BlockSpecError, match="outside"):
         grid.bounds(6)
+
+
+@pytest.mark.parametrize("listed", [1, 5, 400, 9000])
+def test_block_numbers_come_out_sorted(listed):
+    """Few of many are sorted, many are marked."""
+    grid = BlockGrid.of((10_000, 4), "row")
+    ids = np.random.default_rng(listed).permutation(10_000)[:listed]
+    out = grid.check_ids(ids, "w")
+    assert out.dtype == np.int64
+    np.testing.assert_array_equal(out, np.sort(ids))
+    with pytest.raises(BlockSpecError, match="listed twice"):
+        grid.check_ids([*ids, ids[-1]], "w")
 
 
 def test_stripes():

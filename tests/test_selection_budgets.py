@@ -77,6 +77,25 @@ def test_few_plans_are_made():
         assert len(priced) <= (4 if part else 10)
 
 
+def test_ends_that_are_unlike_the_rest_do_not_mislead():
+    """What is not weights falls with the capacity, and both ends have much less of it, as with
+    rows of a model of seven billion elements."""
+    priced = []
+
+    def cost(n):
+        priced.append(n)
+        inside = 1000 < n < 10**9
+        return 14.0 * n + (4e9 - 2.5 * n + 1e-9 * n * n / 2 if inside else 1e8)
+
+    found = largest_within(
+        8 * 10**9, 1000, 10**9, lambda c: c, lambda a, b: a == b, cost, lambda n: 14.0 * n,
+        budgets.DEAR,
+    )  # fmt: skip
+    assert found is not None
+    assert 8e9 * (1 - budgets.DEAR.resolution) <= found.cost <= 8e9
+    assert len(priced) <= 5
+
+
 # -- memory --------------------------------------------------------------------------------------
 
 
