@@ -331,6 +331,18 @@ def test_a_planner_runs_a_selection_once_and_leaves_the_model_alone(monkeypatch)
     assert "in backward" in first.table()
 
 
+@pytest.mark.parametrize("master", [None, torch.float32])
+def test_a_selection_of_all_blocks_is_full_tuning(monkeypatch, master):
+    """Which is looked up, and is what its own run finds."""
+    model = llama().to(torch.bfloat16)
+    everything = fg.select(None, model, ranking="last", fraction=1.0, blocks="row")
+    planner = MemoryPlanner(model, batch_shape=(2, 8), master_dtype=master)
+    known = planner.plan(everything)
+    monkeypatch.setattr(MemoryPlanner, "_is_everything", lambda *_: False)
+    other = MemoryPlanner(model, batch_shape=(2, 8), master_dtype=master)
+    assert other.plan(everything) == known == planner.plan(None)
+
+
 def test_a_partial_model_is_planned_like_the_one_it_was():
     model = randomised(MODELS["gpt2"])
     selection = selection_of(model, "8x8")
