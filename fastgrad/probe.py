@@ -452,7 +452,7 @@ class Probe:
         if not self._running:
             return
         self._arrival()
-        if batch in self._pending:
+        if batch not in self._firing and batch in self._pending:
             self._pending.remove(batch)
             self._firing.append(batch)
 
@@ -479,7 +479,11 @@ class Probe:
             entries = bare(grad).reshape(-1)
             record = self._record(target.name)
             checked = record is not None and target.self_check
-            picked = entries[record.sample()] if record is not None and checked else sq[:0]
+            picked = (
+                entries.index_select(0, record.sample())
+                if record is not None and checked
+                else sq[:0]
+            )
             narrow = grad.dtype in (torch.bfloat16, torch.float16)
             dots = None
             if target.directions is not None and self._one_example():

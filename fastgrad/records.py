@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary, ref
 
@@ -46,9 +47,13 @@ class Target:
     self_check: bool
     dense_limit: int
 
-    @property
+    @cached_property
     def region(self) -> Region:
         return whole(self.grid.rows, self.grid.cols)
+
+    @cached_property
+    def n_blocks(self) -> int:
+        return self.grid.n_blocks
 
 
 class Use(NamedTuple):
@@ -140,13 +145,12 @@ class ParamRecord:
             return (wide(left).T @ wide(right)).to(dtype or left.dtype)
         self._arrived(left.dtype)
         region = region or self.target.region
-        factors = Factors(left, right, rows, region)
         shared = self._overlapping(region)
         crossing = len(shared) > 1
         place = self._place(region)
-        by_terms = self._by_terms(region, shared) and not left.is_complex()
+        by_terms = crossing and self._by_terms(region, shared) and not left.is_complex()
         if place is None or (crossing and not by_terms):
-            self.formed.append(factors)
+            self.formed.append(Factors(left, right, rows, region))
             grad = (wide(left).T @ wide(right)).to(dtype or left.dtype)
         else:
             block_rows, block_cols, blocks = place
@@ -158,13 +162,14 @@ class ParamRecord:
             if crossing:
                 ids = self._expected_ids if region == self.table else []
                 group = self.together.setdefault(region, Together())
+                factors = Factors(left, right, rows, region)
                 group.add_product(factors, sq, dots, len(shared), ids)
             else:
                 self._add(sq, dots, blocks)
 
         def sampled(index: Tensor) -> Tensor:
             if region == self.target.region:
-                return wide(grad.reshape(-1)[index])
+                return wide(grad.reshape(-1).index_select(0, index))
             row, col, here = region.entries(index)
             return wide(grad[row, col]) * here
 
@@ -178,9 +183,9 @@ class ParamRecord:
 
     def _place(self, region: Region) -> tuple[int, int, slice] | None:
         """Block size within a region and the blocks that it fills; None if blocks cut it."""
-        grid = self.target.grid
-        if grid.is_whole:
+        if self.target.n_blocks == 1:
             return region.rows, region.cols, slice(0, 1)
+        grid = self.target.grid
         if region == self.target.region:
             return grid.block_rows, grid.block_cols, slice(0, grid.n_blocks)
         first, last = region.offset // grid.cols, (region.end - 1) // grid.cols
@@ -262,7 +267,7 @@ class ParamRecord:
         self._arrived(dtype or per_example.dtype)
         per_example = wide(bare(per_example))
         self.dense = per_example if self.dense is None else self.dense + per_example
-        self._check_in(lambda index: per_example.sum(0).reshape(-1)[index])
+        self._check_in(lambda index: per_example.sum(0).reshape(-1).index_select(0, index))
 
     def _arrived(self, dtype: torch.dtype) -> None:
         self.fired += 1
@@ -271,7 +276,7 @@ class ParamRecord:
         self.batch.on_arrival(self.batch)
 
     def _add(self, sq: Tensor, dots: Tensor, blocks: slice) -> None:
-        n_blocks = self.target.grid.n_blocks
+        n_blocks = self.target.n_blocks
         if self.sq is None or self.dots is None:
             if sq.shape[0] == n_blocks:
                 self.sq, self.dots = sq, dots

@@ -54,8 +54,7 @@ class LinearTap(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_out @ (weight.T if ctx.transposed else weight).conj()
-        # not reshape(-1, ...): without a row that would be ambiguous
-        x2, g2 = (t.flatten(0, -2) if t.ndim > 1 else t[None] for t in (x.conj(), grad_out))
+        x2, g2 = _matrix(x.conj() if x.is_complex() else x), _matrix(grad_out)
         left, right = (x2, g2) if ctx.transposed else (g2, x2)
         weight_sink, bias_sink = _measuring(ctx.sinks)
         if ctx.needs_input_grad[1]:
@@ -67,6 +66,13 @@ class LinearTap(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = g2.sum(0) if torch.is_grad_enabled() else _bias(bias_sink, g2, rows)
         return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """``[rows, features]``. Not reshape(-1, ...): without a row that would be ambiguous."""
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor[None]
 
 
 def _kept(*sinks: Sink | None) -> tuple[Sink | None, ...]:

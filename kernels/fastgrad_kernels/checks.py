@@ -42,10 +42,8 @@ def check_factors(left: Tensor, right: Tensor) -> None:
 
 def check_offsets(offsets: Tensor, tokens: int) -> None:
     """Offsets on a GPU are read by the host, which waits for them; pass them on the CPU."""
-    check(
-        offsets.ndim == 1 and offsets.dtype == torch.int64 and offsets.numel() >= 1,
-        "offsets must be a one-dimensional int64 tensor [n_examples + 1]",
-    )
+    if offsets.ndim != 1 or offsets.dtype != torch.int64 or offsets.numel() < 1:
+        fail("offsets must be a one-dimensional int64 tensor [n_examples + 1]")
     if checked(offsets, tokens):
         return
     bounds = offsets.tolist()

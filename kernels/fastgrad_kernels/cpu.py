@@ -84,7 +84,8 @@ def cross_influence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastgrad_kernels.ops.cross_influence`."""
     dtype = accumulation_dtype(left)
-    left, right = left.to(dtype), right.to(dtype)
+    if left.dtype != dtype:
+        left, right = left.to(dtype), right.to(dtype)
     left, right, bounds = without_zero_rows(left, right, offsets.tolist())
     rows, cols, n = left.shape[1], right.shape[1], len(bounds) - 1
     whole = block_rows >= rows and block_cols >= cols
@@ -105,7 +106,7 @@ def without_zero_rows(
     that the other factor is finite; if it is not, or the rows are few, nothing is left out.
     Examples of equal length stay so: each keeps as many rows as the one with the most.
     """
-    if left.device.type != "cpu" or len(left) < ZERO_SAMPLE:
+    if not left.is_cpu or len(left) < ZERO_SAMPLE:
         return left, right, bounds  # elsewhere the host would wait for the count
     shares = [_zero_share(f) for f in (left, right)]
     if max(shares) < ZERO_SHARE:
@@ -129,10 +130,12 @@ def without_zero_rows(
 
 def _zero_share(matrix: Tensor) -> float:
     """Share of zero rows among some of them, as far as one can see from their first numbers."""
-    some = matrix[:: len(matrix) // ZERO_SAMPLE, :ZERO_WIDTH]
-    if some.shape[1] and some[:, 0].tolist().count(0.0) < ZERO_SHARE * len(some):
-        return 0.0
-    return float(_zero_rows(some).float().mean())
+    step = len(matrix) // ZERO_SAMPLE
+    if matrix.shape[1]:
+        firsts = matrix.as_strided((-(-len(matrix) // step),), (step * matrix.stride(0),)).tolist()
+        if firsts.count(0.0) < ZERO_SHARE * len(firsts):
+            return 0.0
+    return float(_zero_rows(matrix[::step, :ZERO_WIDTH]).float().mean())
 
 
 def _zero_rows(matrix: Tensor) -> Tensor:
@@ -275,8 +278,8 @@ def _fused(
         grad.zero_()
     scratch = left.new_empty(tile_r * tile_c)
     n_dir = 0 if directions is None else directions.shape[0]
-    dots = left.new_zeros(n_dir, n)
-    lengths = [b - a for a, b in pairwise(bounds)]
+    dots = left.new_zeros(n_dir, n) if n_dir else left.new_empty(0, n)
+    length = uniform_length(bounds)
     # With one block the norms of short chunks, one row per example, in the order of the tiles.
     sq = None if whole else left.new_zeros(grid_r, grid_c, n)
     found: list[Tensor] = []
@@ -284,16 +287,17 @@ def _fused(
         h = min(tile_r, rows - r)
         for c in range(0, cols, tile_c):
             w = min(tile_c, cols - c)
-            target = grad[r : r + h, c : c + w] if want_grad else None
+            full = (h, w) == (rows, cols)  # each view of it would cost as much as a squared sum
+            target = (grad if full else grad[r : r + h, c : c + w]) if want_grad else None
             direct = (
                 None if directions is None else directions[:, r : r + h, c : c + w].to(left.dtype)
             )
-            spare = scratch[: h * w].view(h, w)
+            spare = (scratch if full else scratch[: h * w]).view(h, w)
             straight = target if target is not None and target.is_contiguous() else spare
             # Views are made before the loop: one by one they cost as much as the squared sums.
             parts = _row_parts(h, w)
-            lefts = left[:, r : r + h].unflatten(1, (parts, -1)).permute(1, 2, 0).split(lengths, 2)
-            rights = right[:, c : c + w].expand(parts, -1, -1).split(lengths, 1)
+            lefts = _of_examples(left, bounds, length, r, h, parts, transposed=True)
+            rights = _of_examples(right, bounds, length, c, w, parts, transposed=False)
             # the first example's tile may be the target itself
             later = _Tile(spare, parts, whole)
             first = later if straight is spare else _Tile(straight, parts, whole)
@@ -320,8 +324,38 @@ def _fused(
                     target.add_(tile.values) if j else target.copy_(tile.values)
     if sq is None:
         norms = found[0] if len(found) == 1 else torch.cat([left.new_empty(n, 0), *found], 1)
-        sq = norms.double().square_().sum(1).to(left.dtype).view(1, 1, n)
+        total = torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64)
+        return grad, total.square_().to(left.dtype).view(1, n), dots
     return grad, sq.flatten(0, 1), dots
+
+
+def _of_examples(
+    matrix: Tensor,
+    bounds: list[int],
+    length: int | None,
+    start: int,
+    width: int,
+    parts: int,
+    transposed: bool,
+) -> tuple[Tensor, ...]:
+    """Each example's rows of ``matrix[:, start : start + width]`` as a factor of a batched product:
+    in ``parts`` stripes of columns, ``[parts, width / parts, tokens]`` transposed, or all columns
+    ``parts`` times over, ``[parts, tokens, width]``."""
+    if length is None:
+        part = matrix[:, start : start + width]
+        lengths = [b - a for a, b in pairwise(bounds)]
+        if transposed:
+            return part.unflatten(1, (parts, -1)).permute(1, 2, 0).split(lengths, 2)
+        return part.expand(parts, -1, -1).split(lengths, 1)
+    # the same views by two operators
+    row, col = matrix.stride()
+    n, offset = len(bounds) - 1, matrix.storage_offset() + bounds[0] * row + start * col
+    if transposed:
+        stripe = width // parts
+        size, stride = (n, parts, stripe, length), (length * row, stripe * col, col, row)
+    else:
+        size, stride = (n, parts, length, width), (length * row, 0, row, col)
+    return matrix.as_strided(size, stride, offset).unbind()
 
 
 class _Tile:

@@ -36,7 +36,7 @@ def _installed() -> bool:
 
 def takes(tensor: Tensor) -> bool:
     """True where the Triton kernels are meant for this tensor's device."""
-    return tensor.is_cuda or (interpreted() and tensor.device.type == "cpu")
+    return tensor.is_cuda or (interpreted() and tensor.is_cpu)
 
 
 def kernel(op: str, tensor: Tensor, reason: str | None = None) -> bool:
@@ -74,14 +74,14 @@ def checked(tensor: Tensor, key: Any) -> bool:
     A check of values on a GPU makes the host wait; block numbers that stay the same for a whole
     training run are looked at once.
     """
-    if tensor.device.type == "cpu" or tensor.is_inference():
+    if tensor.is_cpu or tensor.is_inference():
         return False
     return getattr(tensor, "_fastgrad_checked", None) == (key, tensor._version)
 
 
 def mark_checked(tensor: Tensor, key: Any) -> None:
     """Remember a check that has passed."""
-    if tensor.device.type != "cpu" and not tensor.is_inference():
+    if not tensor.is_cpu and not tensor.is_inference():
         tensor._fastgrad_checked = (key, tensor._version)  # type: ignore[attr-defined]
 
 

@@ -70,7 +70,7 @@ def _influence(
     )
     if into is not None:
         grad = into.add_(grad)
-    elif grad_dtype is not None:
+    elif grad_dtype is not None and grad_dtype != grad.dtype:
         grad = grad.to(grad_dtype)
     return grad, sq, dots
 
@@ -147,7 +147,7 @@ def influence(
     PyTorch's dispatcher, whose code has left the cache whenever a large product is over.
     """
     args = (left, right, offsets, block_rows, block_cols, directions, want_grad)
-    plain = type(left) is type(right) is Tensor and left.device.type == "cpu"
+    plain = type(left) is type(right) is Tensor and left.is_cpu
     if not plain or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
         return cross_influence(*args, grad_dtype)
     return _influence("cross_influence", *args, grad_dtype=grad_dtype)
