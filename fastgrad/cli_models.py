@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastgrad.cli_common import first_line, split_revision, usage
-from fastgrad.cli_imports import importing
+from fastgrad.cli_imports import imported_lightly, importing
 from fastgrad.errors import MissingExtraError, ProbeError, ResourceError
 
 if TYPE_CHECKING:
@@ -16,18 +17,31 @@ if TYPE_CHECKING:
 Kind = Literal["decoder", "masked", "encoder-decoder"]
 
 
-def transformers_module() -> Any:
+#: What transformers imports with its models, if it is installed, and no model needs that has no
+#: weights to load: for losses of object detection, and for checkpoints in formats of its own.
+FOR_WEIGHTS_AND_BOXES = ("scipy", "torchao")
+
+
+def transformers_module(without: Sequence[str] = ()) -> Any:
     """transformers, without its progress bars and advice.
+
+    Args:
+        without: packages it is imported without, see :func:`~fastgrad.cli_imports.imported_lightly`.
 
     Raises:
         MissingExtraError: if it is not installed.
     """
+
+    def load() -> Any:
+        import transformers
+
+        # Most of transformers is imported when first used, which is here and not on the way.
+        transformers.PreTrainedModel  # noqa: B018
+        return transformers
+
     try:
         with importing():
-            import transformers
-
-            # Most of transformers is imported when first used, which is here and not on the way.
-            transformers.PreTrainedModel  # noqa: B018
+            transformers = imported_lightly("transformers", load, without)
     except ImportError as error:
         raise MissingExtraError("transformers", "hf") from error
     transformers.utils.logging.set_verbosity_error()
@@ -47,13 +61,16 @@ def located(reference: str) -> tuple[str, dict[str, Any]]:
     return name, {"revision": revision}
 
 
-def config_of(reference: str) -> Any:
+def config_of(reference: str, without: Sequence[str] = ()) -> Any:
     """A model's transformers config.
+
+    Args:
+        without: as for :func:`transformers_module`.
 
     Raises:
         ProbeError: if there is none that can be read.
     """
-    transformers = transformers_module()
+    transformers = transformers_module(without)
     name, where = located(reference)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ProbeError(f"{name} holds no config.json: it is not a transformers model folder")
@@ -115,7 +132,7 @@ def meta_model(reference: str, dtype: torch.dtype | None = None) -> nn.Module:
         ResourceError: if none can be built of it.
         ProbeError: if the config cannot be read.
     """
-    config = config_of(reference)
+    config = config_of(reference, FOR_WEIGHTS_AND_BOXES)
     import torch  # is there by now
 
     wanted = dtype or getattr(config, "dtype", None) or torch.float32

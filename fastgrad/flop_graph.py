@@ -24,6 +24,7 @@ from fastgrad.dry_run import DryRun
 from fastgrad.errors import ResourceError
 from fastgrad.folding import Irregular, Repeats
 from fastgrad.identity import model_parameters
+from fastgrad.mode_queries import DEVICE, answer_of_class
 from fastgrad.selection import Selection
 
 # Nodes that a weight's gradient passes on its way and that only look at it in another way.
@@ -57,6 +58,8 @@ class Count(TorchDispatchMode):
         self.uncounted: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return answer_of_class(func, types, args)
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket

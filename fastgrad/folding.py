@@ -8,7 +8,9 @@ so that the whole step can be put together from its parts.
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,11 +114,20 @@ def _shares(model: nn.Module, layers: nn.ModuleList) -> bool:
 
 def numbers_of(module: nn.Module, number: int) -> list[str]:
     """Attributes of a module of layer ``number`` that say so."""
-    return [k for k, v in module.__dict__.items() if _NUMBER.match(k) and v == number]
+    return [k for k, v in module.__dict__.items() if _says_number(k) and v == number]
+
+
+@lru_cache(maxsize=4096)  # modules of one class have attributes of the same names
+def _says_number(attribute: str) -> bool:
+    return _NUMBER.match(attribute) is not None
+
+
+_PLAIN = (str, bool, int, float, type(None))
+_CONTAINERS = (dict, OrderedDict, set)  # most of a module's attributes
 
 
 def _plain(value: Any) -> bool:
-    return isinstance(value, str | bool | int | float | type(None)) or (
+    return isinstance(value, _PLAIN) or (
         isinstance(value, tuple) and all(_plain(v) for v in value)
     )
 
@@ -129,6 +140,8 @@ def _structure(layer: nn.Module, number: int) -> Any:
         found.append((name, kind, module.training, _config(module)))
         own = numbers_of(module, number)
         for key, value in sorted(module.__dict__.items()):
+            if type(value) in _CONTAINERS:  # neither plain nor callable
+                continue
             if key.startswith("_fastgrad") or key in own or key == "training":
                 continue
             if _plain(value):

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastgrad.mode_queries import DEVICE, answer_of_class
+
 # Contents are carried along up to these sizes: block and token numbers are, activations are not.
 MOST_INTEGERS = 2**22
 MOST_FLOATS = 2**10
@@ -58,6 +60,8 @@ class KnownValues(TorchDispatchMode):
         return value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return answer_of_class(func, types, args)
         flat, spec = tree_flatten((args, kwargs or {}))
         flat = [self._faked(x) if isinstance(x, Tensor) else x for x in flat]
         values = {id(x): self._value(x) for x in flat if isinstance(x, Tensor)}

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastgrad.mode_queries import DEVICE, answer_of_class
+
 TEMPORARY = "temporary"
 
 
@@ -113,6 +115,8 @@ class LiveBytes(TorchDispatchMode):
         self.live[kind] += size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return answer_of_class(func, types, args)
         out = func(*args, **(kwargs or {}))
         new = False
         for tensor in tree_leaves(out):

@@ -333,7 +333,11 @@ def working_copies(trained: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> in
         unit = shape[1] * shape[2] if len(shape) == 3 else 1
         size, left = max(PIECE // unit, 1) * unit, math.prod(shape)
         waiting = kinds.get(dtype, 0)
+        turn = -(-PIECE // size) * size  # elements of an update before which none wait
         while left > 0:
+            if not waiting and left >= turn:
+                most, left = max(most, turn), left % turn
+                continue
             piece = min(size, left)
             left -= piece
             waiting += piece

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from fastgrad.dry_run import DryRun
 from fastgrad.errors import ResourceError
 from fastgrad.folding import Irregular, Repeats
+from fastgrad.mode_queries import DEVICE, answer_of_class
 from fastgrad.packed import PartialModule, class_before
 
 
@@ -36,6 +37,8 @@ class _Around(TorchDispatchMode):
         self._between: list[Any] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return answer_of_class(func, types, args)
         out = func(*args, **(kwargs or {}))
         if not self.inside:
             self._done.append((str(func), [_kind(t) for t in tree_leaves(out)]))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # table of peers says so.
 RANKS: list[set[str]] = [
     {"fastgrad_kernels"},
-    {"errors"},
+    {"errors", "mode_queries"},
     {"files", "data_sources", "dead", "known_values", "live_bytes", "identity", "blocks",
      "transfer", "optim_arguments", "optim_looks", "optim_prepared"},
     {"ownership", "rows", "regions", "probe_arguments", "chain_rule", "random_state"},
