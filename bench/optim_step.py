@@ -4,17 +4,13 @@
     python bench/optim_step.py --rounds 3 --layers 1        # a quick look
     python bench/optim_step.py --json bench/results/optim_step.json      # README's figures
 
-Weights of a Llama-shaped model (67 million by default), random gradients out of a backward pass.
-The peer updates every weight; SparseAdamW updates 100, 20 and 1 % of them, chosen by whole
-submodules and by tiles, with all that belongs to its step: the update, and writing packed blocks
-through to the full weights. Before anything is timed one step of every contender is compared with
-AdamW's on the selected weights, and the others must not have changed a bit. Contenders run in turn,
-round after round; each has its own tensors, so none finds another's in cache.
-
-SparseAdamW looks for NaN in each gradient as the backward pass completes it. That is not part of a
-step, so two things show what it costs: rows "changed since" are steps whose gradients were changed
-after the backward pass, as clipping does, and have to be looked at in the step; and the last table
-times whole training steps of a Llama model, forward, backward and update, with all weights trained.
+Weights of a Llama-shaped model (67 million by default), random gradients. The peer updates every
+weight; SparseAdamW updates 100, 20 and 1 % of them, chosen by whole submodules and by tiles, with
+all that belongs to its step: the look for NaN, the update, and writing packed blocks through to
+the full weights. Before anything is timed one step of every contender is compared with AdamW's on
+the selected weights, and the others must not have changed a bit. Contenders run in turn, round
+after round; each has its own tensors, so none finds another's in cache. Rows "without check" say
+what the look for NaN costs: one more reading of the gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +34,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fastgrad as fg
-import overhead_models
 from fastgrad.blocks import BlockGrid
 from step_overhead import cpu_seconds
 from timing import environment, interleaved, keep_freed_memory
@@ -46,7 +41,6 @@ from timing import environment, interleaved, keep_freed_memory
 PEER = "torch.optim.AdamW(fused=True), all weights"
 AIMS = {1.0: 1.05, 0.2: 0.25, 0.01: 0.03}
 TILE = "128x128"
-CHANGED = "gradients changed since"
 READING = "all gradients read once, no step"
 RATE = 1e-3
 
@@ -110,27 +104,14 @@ def select(model: nn.Module, spec: str, share: float) -> fg.Selection:
 
 @dataclass
 class Contender:
-    """An optimizer over weights of its own, with gradients already there.
-
-    changed: they are marked as changed before each step, as clipping would do.
-    """
+    """An optimizer over weights of its own, with gradients already there."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    wanted: dict[torch.Tensor, torch.Tensor]
     partial: Any = None
     share: float = 1.0
-    changed: bool = False
-
-    def backward(self) -> None:
-        """A backward pass that leaves the wanted gradients."""
-        self.optimizer.zero_grad()
-        for p, grad in self.wanted.items():
-            (p * grad).sum().backward()
 
     def step(self) -> None:
-        if self.changed:
-            torch.autograd.graph.increment_version([p.grad for p in self.wanted])
         self.optimizer.step()
 
 
@@ -138,16 +119,9 @@ class Contender:
 class Reading:
     """One reading of all gradients and nothing else: what no look for NaN can undercut."""
 
-    whole: Contender
+    model: nn.Module
     partial: Any = None
     share: float = 1.0
-
-    @property
-    def model(self) -> nn.Module:
-        return self.whole.model
-
-    def backward(self) -> None:
-        self.whole.backward()
 
     def step(self) -> None:
         for p in self.model.parameters():
@@ -162,31 +136,24 @@ def gradient(name: str, shape: torch.Size) -> torch.Tensor:
 
 def peer(model: nn.Module) -> Contender:
     """AdamW in float32; gradients of bfloat16 weights would be bfloat16 for both."""
-    wanted = {p: gradient(n, p.shape).to(p.dtype) for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
-    return Contender(model, optimizer, wanted)
+    for name, p in model.named_parameters():
+        p.grad = gradient(name, p.shape).to(p.dtype)
+    return Contender(model, torch.optim.AdamW(model.parameters(), lr=RATE, fused=True))
 
 
 def sparse(
-    model: nn.Module,
-    spec: str,
-    share: float,
-    master: torch.dtype | None,
-    changed: bool = False,
-    **options: Any,
+    model: nn.Module, spec: str, share: float, master: torch.dtype | None, **options: Any
 ) -> Contender:
     selection = select(model, spec, share)
     total = sum(p.numel() for p in model.parameters())
     partial = fg.make_partial(model, selection, master, hash_base=False)
     packed = {b.name: b for b in partial.packed}
-    wanted = {}
     for name, p in partial.named_parameters():
         dense = gradient(name, torch.Size(selection.shapes[name]))
         grad = packed[name].gather(dense).view_as(p) if name in packed else dense
-        wanted[p] = grad.to(p.dtype)
+        p.grad = grad.to(p.dtype)
     optimizer = fg.SparseAdamW(partial.parameters(), lr=RATE, **options)
-    share = partial.n_parameters / total
-    return Contender(model, optimizer, wanted, partial, share, changed)
+    return Contender(model, optimizer, partial, partial.n_parameters / total)
 
 
 def contenders(
@@ -202,15 +169,13 @@ def contenders(
                 continue  # all tiles of a weight are the weight: trained as it stands
             made = sparse(copy.deepcopy(start), spec, share, master)
             yield f"{share:.0%} by {spec}", aim, made
-    for share in (1.0, 0.2):
-        made = sparse(copy.deepcopy(start), "module", share, master, changed=True)
-        yield f"{share:.0%} by module, {CHANGED}", None, made
-    yield READING, None, Reading(peer(copy.deepcopy(start)))
+    for spec, share in (("module", 1.0), ("module", 0.2), (TILE, 0.2)):
+        made = sparse(copy.deepcopy(start), spec, share, master, check_finite=False)
+        yield f"{share:.0%} by {spec}, without check", None, made
+    yield READING, None, Reading(peer(copy.deepcopy(start)).model)
 
 
-def verify(
-    name: str, contender: Contender, start: nn.Module, want: dict[str, torch.Tensor]
-) -> None:
+def verify(name: str, contender: Contender, start: nn.Module, want: nn.Module) -> None:
     """After one step of it and of AdamW: equal where trained, untouched elsewhere.
 
     Raises:
@@ -219,7 +184,7 @@ def verify(
     selection = contender.partial.selection
     own = contender.model.state_dict()
     for parameter, before in start.state_dict().items():
-        after, target = own[parameter], want[parameter]
+        after, target = own[parameter], want.state_dict()[parameter]
         grid = BlockGrid.of(tuple(before.shape), selection.spec)
         mask = torch.zeros(before.shape, dtype=torch.bool)
         view = mask if mask.ndim == 2 else mask.view(1, -1)
@@ -242,17 +207,10 @@ def measure(
     torch.manual_seed(0)
     start = Weights(size, dtype)
     made: dict[str, tuple[float | None, Contender | Reading]] = {}
-    want: dict[str, torch.Tensor] = {}
     for name, aim, contender in contenders(size, dtype):
-        contender.backward()
         contender.step()
-        if name == PEER:
-            want = copy.deepcopy(contender.model.state_dict())
         if contender.partial is not None:
-            verify(name, contender, start, want)
-        for _ in range(2):  # with the third step SparseAdamW has all it prepares
-            contender.step()
-            contender.backward()
+            verify(name, contender, start, made[PEER][1].model)
         made[name] = aim, contender
     calls: dict[str, Callable[[], None]] = {n: c.step for n, (_, c) in made.items()}
     with Progress(console=console, transient=True) as bar:
@@ -262,44 +220,6 @@ def measure(
         Row(name, made[name][1].share, made[name][0], t.ratio, t.low, t.high, t.seconds)
         for name, t in timings.items()
     ]
-
-
-def training(
-    rounds: int, examples: int, tokens: int, clock: dict[str, Any], console: Console
-) -> list[Row]:
-    """Whole training steps of the Llama model of ``bench/step_overhead.py``, all weights trained.
-
-    Raises:
-        AssertionError: if a first loss of two contenders differs.
-    """
-    case = overhead_models.make("llama", overhead_models.Shape(), examples, tokens)
-    loops: dict[str, Callable[[], float]] = {}
-
-    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
-        def step() -> float:
-            optimizer.zero_grad()
-            loss = model(**case.inputs).loss
-            loss.backward()
-            optimizer.step()
-            return float(loss.detach())
-
-        return step
-
-    model: nn.Module = case.again(False).model
-    loops[PEER] = loop(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
-    for name, look in (("SparseAdamW", True), ("SparseAdamW(check_finite=False)", False)):
-        model = case.again(False).model
-        partial = fg.make_partial(model, select(model, "module", 1.0), hash_base=False)
-        optimizer = fg.SparseAdamW(partial.parameters(), lr=1e-5, check_finite=look)
-        loops[name] = loop(model, optimizer)
-    first = {name: step() for name, step in loops.items()}
-    assert len(set(first.values())) == 1, f"first losses differ: {first}"
-    second = [step() for step in loops.values()]
-    assert max(second) - min(second) < 1e-5 * max(second), f"second losses differ: {second}"
-    with Progress(console=console, transient=True) as bar:
-        tick = bound(bar.advance, bar.add_task("rounds", total=rounds + 2))
-        timings = interleaved(loops, rounds, progress=tick, **clock)
-    return [Row(n, 1.0, None, t.ratio, t.low, t.high, t.seconds) for n, t in timings.items()]
 
 
 def table(title: str, rows: list[Row]) -> Table:
@@ -330,8 +250,6 @@ def main() -> None:
         "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"],
         help="of the weights; bfloat16 ones are trained through float32 masters",
     )  # fmt: skip
-    parser.add_argument("--examples", type=int, default=4, help="of a whole training step")
-    parser.add_argument("--tokens", type=int, default=128, help="of each example there")
     parser.add_argument("--json", type=Path, help="write the figures as JSON")
     parser.add_argument("--system-malloc", action="store_true", help="leave the heap as it is")
     parser.add_argument(
@@ -353,16 +271,12 @@ def main() -> None:
         results[dtype] = rows
         total = sum(p.numel() for p in Weights(size, torch.float32).parameters())
         console.print(table(f"{total / 1e6:.0f} million weights in {dtype}", rows))
-    whole = training(args.rounds, args.examples, args.tokens, clock, console)
-    batch = f"{args.examples} x {args.tokens} tokens"
-    console.print(table(f"whole training steps, all weights trained, {batch}", whole))
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
         data = {
             "environment": environment(),
             "settings": settings | {"aims": {str(k): v for k, v in AIMS.items()}},
             "rows": {d: [asdict(r) | {"met": r.met} for r in rows] for d, rows in results.items()},
-            "training": [asdict(r) for r in whole],
         }
         args.json.write_text(json.dumps(data, indent=1) + "\n")
 

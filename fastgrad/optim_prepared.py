@@ -7,14 +7,12 @@ and used as long as each of them still is what it was.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fastgrad.optim_arguments import MOMENTS
-from fastgrad.optim_looks import BackwardLooks, together_with_others
 from fastgrad_kernels import adamw_cpu
 from fastgrad_kernels.adamw_prepared import Prepared
 
@@ -53,14 +51,11 @@ class PreparedStep:
         lists: list[_List],
         blocks: list[Any],
         targeted: list[Any],
-        looks: BackwardLooks | None,
     ) -> None:
         self.keys, self._lists, self.blocks = keys, lists, blocks
-        self._targeted, self._looks = targeted, looks
+        self._targeted = targeted
         self.written = frozenset(id(b) for b in targeted)
         self._seen, self._held = look.seen, look.objects  # what is known by its id has to live on
-        if looks is not None:  # which hang on the parameters, and would outlive the optimizer
-            weakref.finalize(self, looks.remove).atexit = False
 
     def gradients(self, optimizer: Any) -> list[Tensor] | None:
         """Gradients in order, or None if something is not as it was and has to be looked at."""
@@ -73,26 +68,6 @@ class PreparedStep:
             if not entry.prepared.takes([now.grads[i] for i in entry.places]):
                 return None
         return now.grads
-
-    def not_known_finite(
-        self, optimizer: Any, grads: Sequence[Tensor]
-    ) -> list[tuple[tuple[int, int], Tensor]]:
-        """Gradients that have to be looked at for NaN in this step, with their keys."""
-        groups, looks = optimizer.param_groups, self._looks
-        asked = [
-            (key, grad)
-            for key, grad in zip(self.keys, grads, strict=True)
-            if groups[key[0]]["check_finite"]
-        ]
-        if looks is None or looks.given_up:
-            return asked
-        unknown = [
-            ((g, i), grad)
-            for (g, i), grad in asked
-            if not looks.knows(groups[g]["params"][i], grad)
-        ]
-        looks.stepped(len(asked), len(asked) - len(unknown))
-        return unknown
 
     def __call__(self, optimizer: Any, grads: Sequence[Tensor], scalar: Any) -> None:
         """Update and write through. ``scalar`` makes a tensor of a learning rate."""
@@ -185,9 +160,4 @@ def prepare(optimizer: Any) -> PreparedStep | None:
             lists.append(_List(g, [place for place, _ in chosen], prepared))
             with_blocks += [b for b in blocks if b is not None]
             targeted += [b for b, (full, _) in zip(blocks, targets, strict=False) if full.numel()]
-    groups = optimizer.param_groups
-    looked_at = [groups[g]["params"][i] for g, i in keys if groups[g]["check_finite"]]
-    looked_at = [p for p in looked_at if p.requires_grad]  # others get no gradient any more
-    early = bool(looked_at) and not together_with_others()
-    looks = BackwardLooks(looked_at) if early else None
-    return PreparedStep(keys, look, lists, with_blocks, targeted, looks)
+    return PreparedStep(keys, look, lists, with_blocks, targeted)

@@ -17,7 +17,7 @@ RANKS: list[set[str]] = [
     {"fastgrad_kernels"},
     {"errors", "mode_queries"},
     {"files", "data_sources", "dead", "known_values", "live_bytes", "identity", "blocks",
-     "transfer", "optim_arguments", "optim_looks", "optim_prepared"},
+     "transfer", "optim_arguments", "optim_prepared"},
     {"ownership", "rows", "regions", "probe_arguments", "chain_rule", "random_state"},
     {"function_kinds", "trials", "cross_terms"},
     {"ownership_uniform"},
