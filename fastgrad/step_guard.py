@@ -66,8 +66,11 @@ _hooks: list[Any] = []
 def ensure_hooks() -> None:
     """Register the hooks, once in a process."""
     if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
+        # Whatever optimizer of the process is compiled, they stay what they are: Python that looks
+        # at marks. (torch.compiler.disable would import the compiler here and now.)
+        uncompiled = torch._disable_dynamo
+        _hooks.append(register_optimizer_step_pre_hook(uncompiled(_before_step)))
+        _hooks.append(register_optimizer_step_post_hook(uncompiled(_after_step)))
 
 
 def end(tensor: Tensor, why: str) -> None:

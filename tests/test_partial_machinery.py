@@ -296,3 +296,31 @@ def test_an_embedding_that_renormalises_itself_is_refused():
     model(torch.arange(10)).sum().backward()
     with pytest.raises(PartialError, match="changed from outside"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, fg.SparseAdamW], ids=["AdamW", "SparseAdamW"])
+@pytest.mark.parametrize("whose", ["partial", "another"])
+def test_a_compiled_optimizer_step_is_the_plain_one(make, whose):
+    """Also of a model that has nothing to do with the partial one: the guard of steps is asked in
+    the whole process."""
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+        other = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+        partial = make_partial(model, selection_of(model, "2x2"))
+        trained, params = (model, partial.parameters()) if whose == "partial" else (
+            other, other.parameters()
+        )  # fmt: skip
+        optimizer = make(params, lr=1e-2)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for seed in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))
+            trained(x).square().sum().backward()
+            step()
+        results.append(trained.state_dict())
+        partial.remove()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
