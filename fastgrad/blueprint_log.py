@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from fastgrad.blueprint import Blueprint
+from fastgrad.blueprint_about import About
+from fastgrad.blueprint_make import DataSetLike
 from fastgrad.blueprint_schedule import Schedule
 from fastgrad.blueprint_schema import FILE_NAME
 from fastgrad.errors import FastgradError
@@ -131,12 +133,17 @@ class BlueprintLog:
             the whole run together, also where it is resumed.
         blocks: granularity of the blueprint.
         domain_tags: what the data is about, for the blueprint.
+        datasets, revision: see :meth:`fastgrad.Blueprint.from_stats`.
+        seed: of the run, for the blueprint's ``data.seed``; the command line is written too.
         loss_reduction, per_example, frozen: see :class:`fastgrad.Probe`. Frozen parameters that
             are not measured are named in the blueprint's coverage.
         loss: ``(model, batch) -> loss``, for models that do not return one.
         partial: what is trained, if the model is partial. It is suspended meanwhile, so that the
             gradient of all weights is measured.
         group: the processes that hold the model; all by default.
+        **options: further arguments of ``Blueprint.from_stats``, such as ``name_or_path``,
+            ``tokens_per_step`` or ``costs``. Its ``seed``, that of the intervals, is an argument
+            of :meth:`blueprint`.
 
     Attributes:
         measurements: what was measured so far. Each keeps its statistics, 8 bytes per parameter
@@ -147,8 +154,8 @@ class BlueprintLog:
             evaluation; at most the one asked for, unless a warning said so. None without one.
 
     Raises:
-        FastgradError: for a schedule or sample that cannot be, or a model that cannot be measured
-            (float16, compiled in place, DeepSpeed, FSDP1, tensor parallel), by name.
+        FastgradError: for a schedule, sample or provenance that cannot be, or a model that cannot
+            be measured (float16, compiled in place, DeepSpeed, FSDP1, tensor parallel), by name.
     """
 
     def __init__(
@@ -166,14 +173,19 @@ class BlueprintLog:
         evaluated_examples: int | None = None,
         blocks: Blocks = "module",
         domain_tags: Sequence[str] = (),
+        datasets: Sequence[DataSetLike] = (),
+        revision: str | None = None,
+        seed: int | None = None,
         loss_reduction: Reduction = "token_mean",
         per_example: bool = True,
         frozen: Sequence[str] | None = None,
         loss: Loss = own_loss,
         partial: Partial | None = None,
         group: dist.ProcessGroup | None = None,
+        **options: Any,
     ) -> None:
         check_blocks(blocks)
+        self.about = About(domain_tags, datasets, revision, seed, options)
         self.schedule = Schedule.of(at, steps, every)
         self.schedule.check(total_steps)
         budget = EvaluationBudget.of(
@@ -189,7 +201,6 @@ class BlueprintLog:
         refuse_wrappers(model)
         model = unwrapped(model)
         self.model, self.total_steps, self.partial, self.group = model, total_steps, partial, group
-        self.domain_tags = list(domain_tags)
         self._options: dict[str, Any] = {
             "blocks": blocks, "loss_reduction": loss_reduction, "per_example": per_example,
             "frozen": frozen, "loss": loss,
@@ -213,7 +224,8 @@ class BlueprintLog:
         """Count one optimizer step, and measure where it is time.
 
         Args:
-            tokens: tokens that the step trained on (of all processes), for the blueprint.
+            tokens: tokens that the step trained on (of all processes), for ``tokens_seen`` of the
+                blueprint's checkpoints, which is null without them.
 
         Returns:
             what was measured, or None.
@@ -225,16 +237,20 @@ class BlueprintLog:
         if tokens is not None:
             self.tokens_seen = (self.tokens_seen or 0) + tokens
         label = self.schedule.label(self.steps, self.total_steps)
-        return None if label is None else self._measure(label, self.steps)
+        return None if label is None else self._measure(label, self.steps, self.tokens_seen)
 
-    def blueprint(self, best_step: int | None = None, **options: Any) -> Blueprint:
+    def blueprint(
+        self, best_step: int | None = None, *, best_tokens: int | None = None, **options: Any
+    ) -> Blueprint:
         """The blueprint of the present weights, which are measured unless they just were. In
         several processes all have to call this.
 
         Args:
             best_step: the step of which the weights are, if they are not those of the last step
                 (the best ones were brought back).
-            **options: further arguments of :meth:`fastgrad.Blueprint.from_stats`.
+            best_tokens: tokens that had been trained on by then, if they were counted.
+            **options: further arguments of :meth:`fastgrad.Blueprint.from_stats`, before those
+                that the log was made with.
 
         Raises:
             FastgradError: see :func:`fastgrad.measuring.measure`.
@@ -248,11 +264,13 @@ class BlueprintLog:
         if last is None or last._stats is None:
             whole = self.total_steps is not None and step == self.total_steps
             label = "best" if best_step is not None else "100%" if whole else "end"
-            last = self._measure(label, step, last)
+            tokens = self.tokens_seen if best_step is None else best_tokens
+            last = self._measure(label, step, tokens, last)
         with whole_weights(self.model, self.partial):
             return Blueprint.from_stats(
-                last.stats, model=self.model, domain_tags=self.domain_tags,
-                checkpoints=[_checkpoint(m) for m in self.measurements], **options,
+                last.stats, model=self.model,
+                checkpoints=[_checkpoint(m) for m in self.measurements],
+                **self.about.for_blueprint() | options,
             )  # fmt: skip
 
     def save_pretrained(
@@ -264,13 +282,16 @@ class BlueprintLog:
             return made.save_pretrained(folder)
         return Path(folder) / FILE_NAME
 
-    def _measure(self, label: str, step: int, before: Measurement | None = None) -> Measurement:
+    def _measure(
+        self, label: str, step: int, tokens: int | None, before: Measurement | None = None
+    ) -> Measurement:
         """``before`` is the same measurement, of which the norms alone are known."""
         with whole_weights(self.model, self.partial):
             _refuse_float16(self.model)
             losses, stats = measure_together(
                 self.model, self.held_out, self.group, **self._options
             )
+        stats.meta["data"] = self.about.data()
         total = self.total_steps
         found = Measurement(
             label if before is None else before.label,
@@ -280,7 +301,7 @@ class BlueprintLog:
             dict(zip(stats.names, stats.grad_norm.tolist(), strict=True)),
             stats.n_batches,
             stats.n_examples,
-            self.tokens_seen if before is None else before.tokens_seen,
+            tokens if before is None else before.tokens_seen,
             str(stats.meta["weights_hash"]),
             stats,
         )

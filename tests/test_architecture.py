@@ -70,7 +70,7 @@ RANKS: list[set[str]] = [
      "plots_blueprint", "plots_card", "plots_staleness", "plots_tail", "reselection_schedule",
      "model_card"},
     {"held_out", "blueprint_schedule", "evaluation_budget", "measuring", "measuring_together",
-     "blueprint_log", "online", "meter_compare"},
+     "blueprint_about", "blueprint_log", "online", "meter_compare"},
     {"curvature", "proxy_report"},
     {"proxy"},
     {"clipping"},

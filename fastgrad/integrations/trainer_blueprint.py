@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from fastgrad.blueprint_about import About
 from fastgrad.blueprint_log import BlueprintLog, Measurement
+from fastgrad.blueprint_make import DataSetLike
 from fastgrad.blueprint_schedule import Schedule
 from fastgrad.errors import FastgradError
 from fastgrad.evaluation_budget import check
@@ -66,12 +68,20 @@ class BlueprintCallback(TrainerCallback):
             evaluations that the Trainer's arguments plan, over all its evaluation data sets.
         blocks: granularity of the blueprint.
         domain_tags: what the data is about, for the blueprint.
+        datasets, revision: see :meth:`fastgrad.Blueprint.from_stats`.
+        seed: of the run, for the blueprint's ``data.seed``; ``args.seed`` by default.
         output_dir: where ``gradient_blueprint.json`` goes; the Trainer's by default.
         loss_reduction, per_example, frozen: see :class:`fastgrad.Probe`.
         loss: ``(model, batch) -> loss``, for models that do not return one.
         log_parameters: log the norm of each parameter; by default if there are at most 200.
         partial: what is trained, where the run's optimizer does not come from ``sparse_adamw``
             (which makes it known) and the model is partial.
+        **options: further arguments of ``Blueprint.from_stats``, as in
+            :class:`fastgrad.BlueprintLog`.
+
+    ``tokens_seen`` of the blueprint's checkpoints is what the Trainer counts (of all processes)
+    under ``include_num_input_tokens_seen``. Without it, or if it was not set from the first step
+    on, there is a warning and ``tokens_seen`` is null: a callback is not shown the batches.
 
     Attributes:
         log: the :class:`fastgrad.BlueprintLog`, once training has begun.
@@ -91,6 +101,9 @@ class BlueprintCallback(TrainerCallback):
         evaluated_examples: int | None = None,
         blocks: Blocks = "module",
         domain_tags: Sequence[str] = (),
+        datasets: Sequence[DataSetLike] = (),
+        revision: str | None = None,
+        seed: int | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         loss_reduction: Reduction = "token_mean",
         per_example: bool = True,
@@ -98,8 +111,10 @@ class BlueprintCallback(TrainerCallback):
         loss: Loss = own_loss,
         log_parameters: bool | None = None,
         partial: Partial | None = None,
+        **options: Any,
     ) -> None:
         check_blocks(blocks)
+        About(domain_tags, datasets, revision, seed, options)
         Schedule.of(at, steps, every)
         check(evaluation_share, evaluated_examples)
         # How many examples the share is, is known when training begins.
@@ -109,9 +124,11 @@ class BlueprintCallback(TrainerCallback):
         self._options: dict[str, Any] = {
             "at": at, "steps": steps, "every": every, "examples": examples, "share": share,
             "evaluation_share": evaluation_share, "evaluated_examples": evaluated_examples,
-            "blocks": blocks, "domain_tags": list(domain_tags), "loss_reduction": loss_reduction,
-            "per_example": per_example, "frozen": frozen, "loss": loss,
+            "blocks": blocks, "domain_tags": list(domain_tags), "datasets": list(datasets),
+            "revision": revision, "seed": seed, "loss_reduction": loss_reduction,
+            "per_example": per_example, "frozen": frozen, "loss": loss, **options,
         }  # fmt: skip
+        self._counted = False
         self.log: BlueprintLog | None = None
         self.blueprint: Blueprint | None = None
 
@@ -140,6 +157,9 @@ class BlueprintCallback(TrainerCallback):
             options["evaluated_examples"] = evaluated_in_all(
                 calling_trainer(), state, kwargs.get("train_dataloader")
             )
+        if options["seed"] is None:
+            options["seed"] = getattr(args, "seed", None)
+        self._counted = _tokens_are_counted(args, state)
         self.blueprint = None
         self.log = BlueprintLog(model, self.batches, state.max_steps, partial=partial, **options)
         if _STATE in state.stateful_callbacks:
@@ -148,7 +168,7 @@ class BlueprintCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         log = self._log()
         log.steps = state.global_step - 1  # also where the first part ran without this callback
-        log.tokens_seen = state.num_input_tokens_seen or None
+        log.tokens_seen = (state.num_input_tokens_seen or None) if self._counted else None
         found = log.step()
         if found is not None:
             self._report(state, control)
@@ -157,7 +177,9 @@ class BlueprintCallback(TrainerCallback):
         log = self._log()
         log.steps, before = state.global_step, list(log.measurements)
         best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        self.blueprint = log.blueprint(state.best_global_step if best else None)
+        step = state.best_global_step if best else None
+        tokens = _tokens_at(state, step) if self._counted else None
+        self.blueprint = log.blueprint(step, best_tokens=tokens)
         if len(log.measurements) > len(before):
             self._report(state, control)
         if state.is_world_process_zero:
@@ -182,6 +204,30 @@ class BlueprintCallback(TrainerCallback):
         wanted = control.should_log
         Trainer.log(trainer, entry)
         control.should_log = wanted
+
+
+def _tokens_are_counted(args: Any, state: Any) -> bool:
+    """Whether ``state.num_input_tokens_seen`` is that of the whole run; warns if it is not."""
+    if getattr(args, "include_num_input_tokens_seen", "no") == "no":
+        why = "the Trainer counts no tokens"
+    elif state.global_step and not state.num_input_tokens_seen:
+        why = f"the tokens of the first {state.global_step} steps were not counted"
+    else:
+        return True
+    if getattr(state, "is_world_process_zero", True):
+        warnings.warn(
+            f"{why}, so tokens_seen of the blueprint's checkpoints will be null. Remedy: "
+            "include_num_input_tokens_seen='non_padding' (or 'all', with padding) in the "
+            "arguments of the Trainer, from the first step on",
+            stacklevel=3,
+        )
+    return False
+
+
+def _tokens_at(state: Any, step: int | None) -> int | None:
+    """What was logged at this step; an evaluation, which finds the best one, logs."""
+    found = [e.get("num_input_tokens_seen") for e in state.log_history if e.get("step") == step]
+    return next((n for n in found if n), None)
 
 
 def _check_engine(args: Any) -> None:
