@@ -140,7 +140,8 @@ class ParamRecord:
     ) -> Tensor:
         """A use whose gradient is ``leftᵀ right``, rows in example order; returns that gradient,
         rounded to ``dtype``."""
-        left, right = bare(left), bare(right)
+        if torch.is_grad_enabled():  # elsewhere nothing that is made of them refers to a graph
+            left, right = bare(left), bare(right)
         if self.batch.nested:
             return (wide(left).T @ wide(right)).to(dtype or left.dtype)
         self._arrived(left.dtype)
@@ -150,7 +151,7 @@ class ParamRecord:
         place = self._place(region)
         by_terms = crossing and self._by_terms(region, shared) and not left.is_complex()
         if place is None or (crossing and not by_terms):
-            self.formed.append(Factors(left, right, rows, region))
+            self.formed.append(Factors(bare(left), bare(right), rows, region))
             grad = (wide(left).T @ wide(right)).to(dtype or left.dtype)
         else:
             block_rows, block_cols, blocks = place
@@ -162,7 +163,7 @@ class ParamRecord:
             if crossing:
                 ids = self._expected_ids if region == self.table else []
                 group = self.together.setdefault(region, Together())
-                factors = Factors(left, right, rows, region)
+                factors = Factors(bare(left), bare(right), rows, region)
                 group.add_product(factors, sq, dots, len(shared), ids)
             else:
                 self._add(sq, dots, blocks)

@@ -283,6 +283,7 @@ def _fused(
     # With one block the norms of short chunks, one row per example, in the order of the tiles.
     sq = None if whole else left.new_zeros(grid_r, grid_c, n)
     found: list[Tensor] = []
+    bmm, norm = torch.bmm, torch.linalg.vector_norm
     for r in range(0, rows, tile_r):
         h = min(tile_r, rows - r)
         for c in range(0, cols, tile_c):
@@ -301,17 +302,18 @@ def _fused(
             # the first example's tile may be the target itself
             later = _Tile(spare, parts, whole)
             first = later if straight is spare else _Tile(straight, parts, whole)
-            outs = []
+            outs: list[tuple[Tensor, ...]] = []
             if whole:
-                for size in map(len, later.chunks):
-                    found.append(left.new_empty(n, size))
-                    outs.append(found[-1].unbind())
+                fresh = [left.new_empty(n, len(piece)) for piece in later.chunks]
+                found += fresh
+                outs = list(zip(*(sums.unbind() for sums in fresh), strict=True)) or [()] * n
             for j, (a, b) in enumerate(zip(lefts, rights, strict=True)):
                 tile = later if j else first
-                torch.bmm(a, b, out=tile.stripes)
-                for piece, out in zip(tile.chunks, outs, strict=True):
-                    torch.linalg.vector_norm(piece, dim=1, out=out[j])
-                if sq is not None:
+                bmm(a, b, out=tile.stripes)
+                if sq is None:
+                    for piece, out in zip(tile.chunks, outs[j], strict=True):
+                        norm(piece, dim=1, out=out)
+                else:
                     sums = _block_squares(tile.values, block_rows, block_cols)
                     sq[
                         r // block_rows : -(-(r + h) // block_rows),
@@ -324,8 +326,8 @@ def _fused(
                     target.add_(tile.values) if j else target.copy_(tile.values)
     if sq is None:
         norms = found[0] if len(found) == 1 else torch.cat([left.new_empty(n, 0), *found], 1)
-        total = torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64)
-        return grad, total.square_().to(left.dtype).view(1, n), dots
+        totals = torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64).tolist()
+        return grad, left.new_tensor([[total * total for total in totals]]), dots
     return grad, sq.flatten(0, 1), dots
 
 
