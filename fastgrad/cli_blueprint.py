@@ -14,8 +14,10 @@ from fastgrad.cli_common import (
     Json,
     ModelName,
     ModelRevision,
+    Plot,
     TokensPerStep,
     beside,
+    check_plot,
     emit,
     emit_json,
     emit_text,
@@ -72,16 +74,33 @@ def create(
 
 
 @verb(blueprint_app, "show")
-def show(blueprint: BlueprintRef, as_json: Json = False) -> None:
-    """Show what a blueprint says. With --json, the file's own text.
+def show(
+    blueprint: BlueprintRef,
+    domain: Annotated[
+        str | None, typer.Option(help="Tag of a domain; the whole file by default.")
+    ] = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a blueprint says. With --json, the file's own text; with --plot, its Lorenz curve,
+    rank-size and heat map as a picture, of several domains those of the primary one.
 
     Example: [bold]fastgrad blueprint show my-model/[/]
+
+    [bold]fastgrad blueprint show my-model/ --plot blueprint.svg[/]
     """
+    check_plot(plot)
     found = open_blueprint(blueprint)
+    if domain is not None:
+        found = found.domain(domain)
     if as_json:
         emit(found.to_json(), end="", raw=True)
     else:
         emit_text(found.summary())
+    if plot is not None:
+        from fastgrad.plots import blueprint_figure, write_figure
+
+        note(f"wrote {write_figure(blueprint_figure(found), plot)}")
 
 
 @verb(blueprint_app, "validate")

@@ -39,6 +39,10 @@ Created = Annotated[str | None, typer.Option(help="ISO date to write; today by d
 TokensPerStep = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a training step, for k* of FLOPs.")
 ]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw it too, into a .png or .svg file."),
+]
 BlueprintRef = Annotated[
     str,
     typer.Argument(
@@ -155,6 +159,24 @@ def check_writable(path: Path) -> None:
             raise _OnlyATry
     except _OnlyATry:
         pass
+
+
+def check_plot(path: Path | None) -> None:
+    """Before the work of a verb with --plot: what is asked for can be written.
+
+    Raises:
+        typer.BadParameter: for another kind of file.
+        MissingExtraError: without matplotlib.
+        OSError: if nothing can be written there.
+    """
+    if path is None:
+        return
+    from fastgrad.plots_base import KINDS, matplotlib_module
+
+    if path.suffix.lower() not in KINDS:
+        usage(f"{path.name}: a name that ends in {' or '.join(KINDS)}", "--plot")
+    matplotlib_module()
+    check_writable(path)
 
 
 def split_revision(reference: str) -> tuple[str, str | None]:

@@ -10,6 +10,8 @@ import typer
 from fastgrad.cli_common import (
     BlueprintRef,
     Json,
+    Plot,
+    check_plot,
     emit_json,
     emit_text,
     note,
@@ -22,7 +24,9 @@ from fastgrad.cli_values import weight_of
 from fastgrad.printable import printable
 
 if TYPE_CHECKING:
+    from fastgrad.blueprint import Blueprint
     from fastgrad.staleness import Staleness
+    from fastgrad.stats import GradientStats
 
 _STALENESS_CODES = {
     "fresh": 0, "drifted": NO, "different model": NO, "sample too small": UNDECIDED,
@@ -42,27 +46,55 @@ StatsPath = Annotated[
 
 
 def staleness_command(
-    blueprint: BlueprintRef, stats: StatsPath, domain: DomainTag = None, as_json: Json = False
+    blueprint: BlueprintRef,
+    stats: StatsPath,
+    domain: DomainTag = None,
+    plot: Plot = None,
+    as_json: Json = False,
 ) -> None:
-    """Check whether a blueprint still holds for a local sample of data.
+    """Check whether a blueprint still holds for a local sample of data. With --plot, every
+    submodule's gradient in the one over that in the other as a picture too.
 
     Exit code 0 if it is fresh, 3 if it has drifted or is of a different model, 4 if the sample is
     too small to tell.
 
-    Example: [bold]fastgrad staleness my-model/ my-sample.safetensors[/]
+    Example: [bold]fastgrad staleness my-model/ my-sample.safetensors --plot both.png[/]
     """
     from fastgrad.stats import GradientStats
 
+    check_plot(plot)
     released = open_blueprint(blueprint)
     if domain is not None:
         released = released.domain(domain)
-    found = released.staleness(GradientStats.load(stats, blocks=False))
+    local = GradientStats.load(stats, blocks=False)
+    found = released.staleness(local)
+    drawn = None if plot is None else _scatter(released, local, found, plot)
     if as_json:
-        emit_json(found.to_dict())
+        emit_json(found.to_dict() | ({} if plot is None else {"plot": drawn}))
     else:
         emit_text(_staleness_table(found))
+        if drawn is not None:
+            note(f"wrote {drawn}")
     if code := _STALENESS_CODES[found.verdict]:
         raise typer.Exit(code)
+
+
+def _scatter(
+    released: Blueprint, local: GradientStats, found: Staleness, path: Path
+) -> str | None:
+    """The picture's path. Where there is nothing to draw, that is noted and the verdict stands."""
+    from fastgrad.errors import FastgradError
+    from fastgrad.plots import new_figure, open_axes, staleness_plot, write_figure
+
+    figure = new_figure(6.6, 6.6)
+    ax = figure.subplots()
+    try:
+        staleness_plot(ax, released, local, found)
+    except FastgradError as error:
+        note(f"no picture: {error}")
+        return None
+    open_axes(ax)
+    return str(write_figure(figure, path))
 
 
 def _staleness_table(found: Staleness) -> str:

@@ -37,12 +37,14 @@ from fastgrad.plots_base import (
     plain_log_ticks,
     save_figure,
     within,
+    write_figure,
 )
 from fastgrad.plots_staleness import staleness_plot
 from fastgrad.plots_tail import rank_size_plot
 
 if TYPE_CHECKING:
     from fastgrad.blueprint_schema import Gamma
+    from fastgrad.plots_blueprint import blueprint_figure, domains_figure
 
 _ABSENT = "#e4e4e4"
 _MANY = 12  # ticks on an axis of the heat map
@@ -362,6 +364,15 @@ def summary_figure(
     return figure
 
 
+def __getattr__(name: str) -> Any:
+    # These put together what is drawn here, so their module imports this one.
+    if name in ("blueprint_figure", "domains_figure"):
+        from fastgrad import plots_blueprint
+
+        return getattr(plots_blueprint, name)
+    raise AttributeError(f"module 'fastgrad.plots' has no attribute {name!r}")
+
+
 __all__ = [
     "BLACK",
     "BLUE",
@@ -372,6 +383,8 @@ __all__ = [
     "VERMILION",
     "YELLOW",
     "ArmPoint",
+    "blueprint_figure",
+    "domains_figure",
     "heat_map",
     "lorenz_plot",
     "new_figure",
@@ -383,4 +396,5 @@ __all__ = [
     "short",
     "staleness_plot",
     "summary_figure",
+    "write_figure",
 ]

@@ -25,7 +25,8 @@ MARKERS = ("*", "o", "s", "v", "D", "P", "X", "^")
 #: So many times smaller than the median is far below.
 FAR = 1e3
 
-_KINDS = (".png", ".svg")
+#: Of files, by their endings.
+KINDS = (".png", ".svg")
 
 
 def matplotlib_module() -> Any:
@@ -135,26 +136,38 @@ def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int = 150) ->
         MissingExtraError: without matplotlib.
         OSError: if the files cannot be written.
     """
-    matplotlib = matplotlib_module()
     path = Path(path)
     if path.suffix.lower() in (".pdf", ".jpg", ".jpeg", ".eps", ".ps", ".webp", ".tif", ".tiff"):
         raise FastgradError(f"{path.name}: figures are written as PNG and SVG. Remedy: leave the "
                             "ending out, or figure.savefig")  # fmt: skip
-    stem = path.with_suffix("") if path.suffix.lower() in _KINDS else path
-    written = []
+    stem = path.with_suffix("") if path.suffix.lower() in KINDS else path
+    return [write_figure(figure, stem.with_name(stem.name + kind), dpi=dpi) for kind in KINDS]
+
+
+def write_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
+    """Write a figure as one file, PNG or SVG by its ending; otherwise as :func:`save_figure`.
+
+    Raises:
+        FastgradError: for another ending.
+        MissingExtraError: without matplotlib.
+        OSError: if the file cannot be written.
+    """
+    matplotlib = matplotlib_module()
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in KINDS:
+        raise FastgradError(f"{path.name}: figures are written as PNG or SVG. Remedy: a name that "
+                            "ends in .png or .svg")  # fmt: skip
     nameless: dict[str, dict[str, None]] = {
         ".png": {"Software": None}, ".svg": {"Date": None, "Creator": None},
     }  # fmt: skip
-    with matplotlib.rc_context({"svg.hashsalt": "fastgrad", "svg.fonttype": "none"}):
-        for kind in _KINDS:
-            target = stem.with_name(stem.name + kind)
-            with atomic_path(target) as temporary:
-                figure.savefig(temporary, format=kind[1:], dpi=dpi, metadata=nameless[kind])
-            written.append(target)
-    return written
+    settings = {"svg.hashsalt": "fastgrad", "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings), atomic_path(path) as temporary:
+        figure.savefig(temporary, format=kind[1:], dpi=dpi, metadata=nameless[kind])
+    return path
 
 
 __all__ = [
     "far_below", "literal", "new_figure", "open_axes", "percent", "plain_log_ticks", "save_figure",
-    "within",
+    "within", "write_figure",
 ]  # fmt: skip

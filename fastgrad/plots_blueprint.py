@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from fastgrad.blueprint_coarse import is_coarse
 from fastgrad.errors import FastgradError
 from fastgrad.heavytail import LorenzCurve, lorenz
 from fastgrad.plots import heat_map, lorenz_plot, short
@@ -41,13 +42,18 @@ def blueprint_figure(blueprint: Blueprint, *, title: str | None = None) -> Any:
         A matplotlib ``Figure``, for :func:`fastgrad.plots.save_figure`.
 
     Raises:
-        FastgradError: if no gradient was measured.
+        FastgradError: if no gradient was measured, or ranks or deciles alone were released.
         MissingExtraError: without matplotlib.
     """
     file = blueprint.file
     entries = blueprint.submodules
+    if is_coarse(file):
+        raise FastgradError(f"the blueprint holds {file.privacy.released} alone and no gradient "
+                            "norm: there is nothing to draw. Remedy: the file that they were "
+                            "made of, if it may be shown")  # fmt: skip
     if file.fits is None or not any(s.grad_norm for s in entries):
-        raise FastgradError("the blueprint holds no gradient: there is nothing to draw")
+        raise FastgradError("the blueprint holds no gradient: there is nothing to draw. Remedy: "
+                            "measure with batches that have a loss")  # fmt: skip
     rows = len({_module(s.name) for s in entries})
     figure = new_figure(12.5, 4.6 + max(3.2, 0.24 * min(rows, 24) + 1.2))
     top, bottom = figure.subfigures(2, 1, height_ratios=(4.6, figure.get_figheight() - 4.6))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastgrad.blueprint_coarse import is_coarse
 from fastgrad.errors import FastgradError
 from fastgrad.plots_base import (
     BLUE,
@@ -56,14 +57,19 @@ def staleness_plot(
         name, local_name: of the two, for the axes.
 
     Raises:
-        FastgradError: if nothing can be compared.
+        FastgradError: if nothing can be compared, or ranks or deciles alone were released.
         StatsError: if the sample holds no backward pass.
     """
     matplotlib_module()
+    if is_coarse(released.file):
+        raise FastgradError(f"the blueprint holds {released.file.privacy.released} alone and no "
+                            "gradient norm: there is nothing to draw. Remedy: the verdict and its "
+                            "numbers, which need no more")  # fmt: skip
     result = released.staleness(local) if result is None else result
     x, y = _common(released, local)
     if x.size == 0:
-        raise FastgradError("no submodule is alive in both: there is nothing to draw")
+        raise FastgradError("no submodule is alive in both: there is nothing to draw. Remedy: a "
+                            "sample of the model that the blueprint is of")  # fmt: skip
     size = max(1, round(TOP * x.size))
     top_x, top_y = (np.isin(np.arange(x.size), np.argsort(-v, kind="stable")[:size])
                     for v in (x, y))  # fmt: skip
