@@ -28,11 +28,12 @@ def embedding(
     record = batch.lookup(weight)
     if record is None:
         return NotImplemented
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        record.refuse("its embedding uses max_norm, scale_grad_by_freq or sparse gradients")
+    if max_norm is not None or scale_grad_by_freq:
+        record.refuse("its embedding uses max_norm or scale_grad_by_freq")
         return func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     skipped = None if padding_idx is None else padding_idx % weight.shape[0]
-    return _looked_up(batch, Root(record, weight, input, skipped), func(input, weight, padding_idx))
+    out = func(input, weight, padding_idx, sparse=sparse)
+    return _looked_up(batch, Root(record, weight, input, skipped), out)
 
 
 def getitem(batch: Batch, func: Any, x: Tensor, key: Any) -> Any:
@@ -87,10 +88,8 @@ def embedding_bag(
         return NotImplemented
     if not weight.requires_grad:
         return func(*args)
-    if max_norm is not None or scale_grad_by_freq or sparse or mode not in ("sum", "mean"):
-        record.refuse(
-            "its embedding bag uses max_norm, scale_grad_by_freq, sparse gradients or a maximum"
-        )
+    if max_norm is not None or scale_grad_by_freq or mode not in ("sum", "mean"):
+        record.refuse("its embedding bag uses max_norm, scale_grad_by_freq or a maximum")
         return func(*args)
     rows = example_rows(input, batch, 0)
     if rows is None:

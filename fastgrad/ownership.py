@@ -26,6 +26,8 @@ from torch import Tensor
 
 NONE = -1
 _MANY = -2
+# what a tensor without a gradient tells of the examples' choices: see fastgrad.choices
+CHOICE, COUNTED = 1, 2
 
 
 class Mark(NamedTuple):
@@ -39,6 +41,7 @@ class Mark(NamedTuple):
     blank: bool = False  # a constant in the shape of what belongs to examples: a hint, no more
     several: bool = False  # made of several forward passes, in whose examples batches meet
     met: bool = False  # examples have met in it, or in what it was made of
+    chosen: int = 0  # CHOICE: each row's owner decided what is in it; COUNTED: several did
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Saved with a tensor, a mark is nothing: files stay free of this library's classes."""
@@ -75,10 +78,11 @@ def stamped(
     blank: bool = False,
     several: bool = False,
     met: bool = False,
+    chosen: int = 0,
 ) -> Mark:
     """One object for all tensors that say the same: hundreds of small ones in each forward pass
     would keep Python's garbage collector busy."""
-    return Mark(dim, None, batch, live, blank, several, met)
+    return Mark(dim, None, batch, live, blank, several, met, chosen)
 
 
 def mark(tensor: Tensor, batch: int, found: Mark) -> None:

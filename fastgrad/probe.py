@@ -75,6 +75,7 @@ from fastgrad.replicas import (
 from fastgrad.stats import GradientStats
 from fastgrad.stats_shards import ShardWriter
 from fastgrad.taps import TapMode
+from fastgrad.unannounced import refuse_unannounced
 from fastgrad.under_way import UnderWay, is_transformed
 from fastgrad_kernels.layout import bare, sum_of_squares
 
@@ -442,7 +443,10 @@ class Probe:
             if batch is not None and not batch.n_examples:
                 self._arrived(batch)  # no tap will tell of it
 
-        for tensor in output_tensors(output):
+        outputs = output_tensors(output)
+        if batch is not None and self.per_example:
+            refuse_unannounced(outputs, batch)  # the loss may be computed in one of them
+        for tensor in outputs:
             if tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(arrived)
 
@@ -474,6 +478,8 @@ class Probe:
                 return
             self._arrival()
             assert self._pass is not None
+            if grad.is_sparse:  # of an embedding: for a moment as large as its table
+                grad = grad.to_dense()
             earlier = self._pass.get(target.name)
             sq = squared_blocks(grad, grid)
             entries = bare(grad).reshape(-1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fastgrad import choices
 from fastgrad.function_kinds import (
     DETACHES,
     KEEPING,
@@ -19,6 +20,7 @@ from fastgrad.function_kinds import (
     is_pointwise,
 )
 from fastgrad.ownership import (
+    COUNTED,
     MANY,
     NOBODY,
     NONE,
@@ -36,6 +38,9 @@ from fastgrad.ownership_uniform import BY_RULE, MADE, UNLISTED, uniform
 from fastgrad.ownership_written import WRITES, target_of, written
 from fastgrad.trials import tried
 
+# How examples met in a function: their activations, or counts of what they chose. "": not at all
+Meeting = Literal["", "activations", "choices"]
+
 
 def propagate(
     func: Any,
@@ -45,11 +50,12 @@ def propagate(
     batch: int,
     n: int,
     tensors: list[Tensor] | None = None,
-) -> bool:
+) -> Meeting:
     """Mark the output of ``func(*args, **kwargs)`` in a batch of ``n`` examples.
 
-    True if activations of different examples were mixed, or may have been: one example's loss then
-    depends on the others, and its gradient in the batch is not that which it would have alone.
+    Tells if activations of different examples were mixed, or may have been, or were weighted with
+    what other examples chose: one example's loss then depends on the others, and its gradient in
+    the batch is not that which it would have alone.
     ``tensors``: those among the arguments, if the caller knows them.
     """
     if tensors is None:
@@ -60,13 +66,17 @@ def propagate(
         same = first.dim >= 0 and out.ndim == x.ndim and out.shape[first.dim] == x.shape[first.dim]
         if len(known) < len(tensors):
             same = same and all(foreign(t, batch) is None for t in tensors)
+        if not out.requires_grad:
+            same = same and (first.chosen > 0 or not choices.begins(func, known, out))
+        elif first.chosen == COUNTED:
+            same = False
         if same and all(m is first and t.ndim == x.ndim for t, m in known[1:]):
             if not any(out is t for t in tensors) or marked(out, batch) is None:
                 mark(out, batch, first)
-            return False
+            return ""
     known += [(t, m) for t in tensors if (m := foreign(t, batch)) is not None]
     if not known:
-        return False
+        return ""
     active = [(t, m) for t, m in known if t.requires_grad or m.live]
     if len({m.batch for _, m in active if m.owned or m.many}) > 1:
         # Of what comes of that no batch can say whose it is. Sums, and what lies side by side, do
@@ -74,21 +84,27 @@ def propagate(
         target = target_of(func, args, out) if func in WRITES else out
         for tensor in tensors_in((target,)):
             mark(tensor, batch, SEVERAL)
-        return not _stays_a_sum(func, args, [t for t, _ in active])
+        return "" if _stays_a_sum(func, args, [t for t, _ in active]) else "activations"
     plain = func in _ONE_PLACE and isinstance(out, Tensor) and out.requires_grad
-    if plain and all(m.owner is None and m.dim >= 0 and not m.met for _, m in known):
+    if plain and all(
+        m.owner is None and m.dim >= 0 and not m.met and m.chosen < COUNTED for _, m in known
+    ):
         dim = uniform(func, args, kwargs, known, out, n)  # nearly all others
         if dim >= 0:
             mark(out, batch, stamped(dim, batch))
-            return False
+            return ""
     if func in WRITES:
         found, mixed = written(func, args, kwargs, known, out, n)
+        if found is None:
+            found = choices.scattered(func, args, kwargs, known)
         if found is not None:
-            mark(target_of(func, args, out), batch, found)
-        return mixed and n > 1
+            target = target_of(func, args, out)
+            chosen = choices.made(func, args, known, target, found, mixed, n)
+            mark(target, batch, found._replace(chosen=chosen))
+        return "activations" if mixed and n > 1 else ""
     if func in MADE:
         _made(known, out, batch)
-        return False
+        return ""
     in_place = isinstance(out, Tensor) and any(out is t for t in tensors)
     outs = [out] if in_place else tensors_in((out,))
     many = any(m.many for _, m in active)
@@ -97,20 +113,28 @@ def propagate(
     met = any(m.met for _, m in known)
     # what has a gradient was reported where it met others
     hidden = any(m.met and not t.requires_grad for t, m in known)
+    counted = n > 1 and any(t.requires_grad for t in outs) and choices.counted_in(func, known)
     if not any(m.owned for _, m in known):
         lost = SEVERAL if several else MANY if many else NOBODY
         mixed = (n > 1 or several) and many and not _stays_a_sum(func, args, moving)
         for tensor in outs:
-            _mark(tensor, batch, lost, moving, mixed or met)
-        return mixed or hidden
+            chosen = choices.made(func, args, known, tensor, lost, mixed, n)
+            _mark(tensor, batch, lost, moving, mixed or met or counted, chosen)
+        return _meeting(mixed or hidden, counted)
     found_marks, mixed = _found(func, args, kwargs, known, outs, n)
     # a batch norm makes all that comes after it depend on the whole batch, also of raw inputs
     counts = n > 1 and (bool(active) or func in _NORMS)
-    mixed = (counts and (many or mixed)) or several
+    decided, mixed = mixed, (counts and (many or mixed)) or several
     for tensor, new in zip(outs, found_marks, strict=True):
         lost = MANY if active and (tensor.is_floating_point() or tensor.is_complex()) else NOBODY
-        _mark(tensor, batch, new if new.owned else lost, moving, mixed or met)
-    return mixed or hidden
+        new = new if new.owned else lost
+        chosen = choices.made(func, args, known, tensor, new, decided, n)
+        _mark(tensor, batch, new, moving, mixed or met or counted, chosen)
+    return _meeting(mixed or hidden, counted)
+
+
+def _meeting(activations: bool, counts: bool) -> Meeting:
+    return "activations" if activations else "choices" if counts else ""
 
 
 _NORMS = functions("batch_norm")
@@ -123,10 +147,10 @@ _ONE_PLACE = BY_RULE - MADE - RANKS - KEEPING - WRITES - _NORMS
 
 
 def _mark(
-    tensor: Tensor, batch: int, found: Mark, active: list[Tensor], met: bool = False
+    tensor: Tensor, batch: int, found: Mark, active: list[Tensor], met: bool, chosen: int
 ) -> None:
     live = bool(active) and not tensor.requires_grad and tensor.is_floating_point()
-    mark(tensor, batch, Mark(found.dim, found.owner, 0, live, False, found.several, met))
+    mark(tensor, batch, Mark(found.dim, found.owner, 0, live, False, found.several, met, chosen))
 
 
 def _made(known: list[tuple[Tensor, Mark]], out: Any, batch: int) -> None:

@@ -242,7 +242,8 @@ class GradientStats:
                 f"scale {scale!r}: the forward pass mixes examples (in {', '.join(mixing)}), so no "
                 "example has a loss of its own. Remedy: scale='contribution' is exact, the part "
                 "of the batch's gradient that came through the example's activations; batch norm "
-                "stops mixing with .eval()"
+                "stops mixing with .eval(), a router's balancing loss with "
+                "output_router_logits=False"
             )
         factor = self.mean_factor if scale == "example_mean" else self.sum_factor
         if np.isnan(factor).any():

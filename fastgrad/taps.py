@@ -35,8 +35,9 @@ from fastgrad.derived import Root, kept_from_checkpoints, may_have_roots, roots_
 from fastgrad.handlers import HANDLERS, ownership
 from fastgrad.one_by_one import one_by_one
 from fastgrad.ownership import marked, tensors_in
-from fastgrad.propagation import propagate
+from fastgrad.propagation import Meeting, propagate
 from fastgrad.records import Batch
+from fastgrad.unannounced import refuse_unannounced
 
 
 class TapMode(TorchFunctionMode):
@@ -66,6 +67,7 @@ class TapMode(TorchFunctionMode):
             tensors_in(kwargs.values(), tensors)
         if batch.earlier:
             batch = batch.meant_by(tensors)
+        refuse_unannounced(tensors, batch)
         out = NotImplemented
         if not any(may_have_roots(t, batch) for t in tensors):
             out = func(*args, **kwargs)
@@ -74,16 +76,21 @@ class TapMode(TorchFunctionMode):
         if out is NotImplemented:
             roots = [(t, r) for t in tensors if (r := roots_of(t, batch))]
             out = _general(batch, func, args, kwargs, roots) if roots else func(*args, **kwargs)
-        if propagate(func, args, kwargs, out, batch.index, batch.n_examples, tensors):
-            _report(batch.makers(tensors), func, args[0] if out is None and args else out)
+        how = propagate(func, args, kwargs, out, batch.index, batch.n_examples, tensors)
+        if how:
+            _report(batch.makers(tensors), func, args[0] if out is None and args else out, how)
         return out
 
 
-def _report(batches: Sequence[Batch], func: Any, out: Any) -> None:
+def _report(batches: Sequence[Batch], func: Any, out: Any, how: Meeting) -> None:
     """Examples met in a function: that counts if a gradient flows through it."""
     name = resolve_name(func) or str(func)
+    if how == "choices":
+        name += " with counts of the examples' choices, as in a router's balancing loss"
 
     def hook(grad: Tensor) -> None:
+        if how == "choices" and not bool(grad.any()):
+            return  # the loss is logged alone: its coefficient is zero
         for batch in batches:
             batch.mixing.add(name)
 
