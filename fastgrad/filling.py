@@ -254,7 +254,7 @@ def _thrifty(ranked: Ranked, spread: Spread, small_first: bool) -> Ints:
         raise SelectionError(
             f"{spread.names[g]}: its floor of {spread.floor[g]:,} elements cannot be met within its"
             f" cap of {spread.cap[g]:,} with these blocks, of which the smallest has {smallest:,}. "
-            "Remedy: a higher cap, a lower floor or finer blocks=..."
+            "Remedy: a higher cap, a lower floor, finer blocks=..., or leave it out: exclude=..."
         )
     return found
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,13 @@ class Partial:
         self._trained, self._requires_grad = trained, requires_grad
         self._removed = self._is_suspended = False
         self._superseded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles; the optimizers that were superseded are the original's."""
+        return {**self.__dict__, "_superseded": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _superseded=weakref.WeakSet())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained tensors under the names of the parameters that they belong to, in the

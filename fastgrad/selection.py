@@ -94,6 +94,14 @@ class Selection:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        """In a line; :meth:`summary` says where the budget went, the attributes hold the rest."""
+        blocks = sum(map(len, self.blocks.values()))
+        return (
+            f"<Selection by {self.spec}: {blocks:,} blocks of {len(self.blocks)} of "
+            f"{len(self.shapes)} parameters, {self.n_parameters:,} of {self.n_total:,} elements>"
+        )
+
     def grid(self, name: str) -> BlockGrid:
         """How a parameter divides into blocks."""
         return grid_of(name, self.shapes[name], self.spec, self.specs)

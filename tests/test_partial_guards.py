@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import pickle
 import warnings
 
 import pytest
@@ -298,3 +299,23 @@ def test_unselected_weights_keep_their_bits_over_1000_steps(make, spec):
         assert torch.isfinite(p).all()
     partial.remove()
     assert unselected_hash(model, masks) == before
+
+
+def test_a_pickled_or_copied_partial_trains_and_ends_alike():
+    partial, optimizer = begin()
+    copies = [pickle.loads(pickle.dumps(partial)), copy.deepcopy(partial)]
+    states = []
+    for one in (partial, *copies):
+        stepping = optimizer if one is partial else fg.SparseAdamW(grouped(one), lr=1e-2)
+        for seed in range(3):
+            one.model(**batch_of(seed=seed)).loss.backward()
+            stepping.step()
+            stepping.zero_grad()
+        states.append(one.model.state_dict())
+        assert one is partial or one.model is not partial.model
+    for one in copies:
+        one.remove()
+        assert all(p.requires_grad for p in one.model.parameters())
+    assert not all(p.requires_grad for p in partial.model.parameters())
+    for state in states[1:]:
+        assert all(torch.equal(state[name], value) for name, value in states[0].items())

@@ -598,3 +598,11 @@ def test_real_model_end_to_end():
         assert made.n_parameters + sizes[name][i] > capacity
     partial = fg.make_partial(model, made)
     assert sum(1 for _ in partial.parameters()) == len(made.names)
+
+
+def test_a_selection_shows_itself_in_a_line():
+    shapes = {"a.weight": (64, 64), "a.bias": (64,), "b.weight": (1000, 4)}
+    chosen = fg.Selection(shapes, "row", {"a.weight": range(32), "b.weight": range(1000)})
+    assert repr(chosen) == (
+        "<Selection by row: 1,032 blocks of 2 of 3 parameters, 6,048 of 8,160 elements>"
+    )
