@@ -9,8 +9,10 @@ weight; SparseAdamW updates 100, 20 and 1 % of them, chosen by whole submodules 
 all that belongs to its step: the look for NaN, the update, and writing packed blocks through to
 the full weights. Before anything is timed one step of every contender is compared with AdamW's on
 the selected weights, and the others must not have changed a bit. Contenders run in turn, round
-after round; each has its own tensors, so none finds another's in cache. Rows "without check" say
-what the look for NaN costs: one more reading of the gradients.
+after round; each has its own tensors, so none finds another's in cache. AdamW does not look for
+NaN: rows "without check" (check_finite=False) are like for like, and the others show what the look
+costs, one more reading of the gradients. The last table times whole training steps of a Llama
+model, forward, backward and update, with all weights trained.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fastgrad as fg
+import overhead_models
 from fastgrad.blocks import BlockGrid
 from step_overhead import cpu_seconds
 from timing import environment, interleaved, keep_freed_memory
@@ -41,6 +44,7 @@ from timing import environment, interleaved, keep_freed_memory
 PEER = "torch.optim.AdamW(fused=True), all weights"
 AIMS = {1.0: 1.05, 0.2: 0.25, 0.01: 0.03}
 TILE = "128x128"
+WITHOUT = ", without check"
 READING = "all gradients read once, no step"
 RATE = 1e-3
 
@@ -167,11 +171,9 @@ def contenders(
         for spec in ("module", TILE):
             if share == 1.0 and spec == TILE and master is None:
                 continue  # all tiles of a weight are the weight: trained as it stands
-            made = sparse(copy.deepcopy(start), spec, share, master)
-            yield f"{share:.0%} by {spec}", aim, made
-    for spec, share in (("module", 1.0), ("module", 0.2), (TILE, 0.2)):
-        made = sparse(copy.deepcopy(start), spec, share, master, check_finite=False)
-        yield f"{share:.0%} by {spec}, without check", None, made
+            for look in (True, False):
+                made = sparse(copy.deepcopy(start), spec, share, master, check_finite=look)
+                yield f"{share:.0%} by {spec}" + ("" if look else WITHOUT), aim, made
     yield READING, None, Reading(peer(copy.deepcopy(start)).model)
 
 
@@ -222,6 +224,44 @@ def measure(
     ]
 
 
+def training(
+    rounds: int, examples: int, tokens: int, clock: dict[str, Any], console: Console
+) -> list[Row]:
+    """Whole training steps of the Llama model of ``bench/step_overhead.py``, all weights trained.
+
+    Raises:
+        AssertionError: if a first loss of two contenders differs.
+    """
+    case = overhead_models.make("llama", overhead_models.Shape(), examples, tokens)
+    loops: dict[str, Callable[[], float]] = {}
+
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
+        def step() -> float:
+            optimizer.zero_grad()
+            loss = model(**case.inputs).loss
+            loss.backward()
+            optimizer.step()
+            return float(loss.detach())
+
+        return step
+
+    model: nn.Module = case.again(False).model
+    loops[PEER] = loop(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
+    for name, look in (("SparseAdamW", True), ("SparseAdamW" + WITHOUT, False)):
+        model = case.again(False).model
+        partial = fg.make_partial(model, select(model, "module", 1.0), hash_base=False)
+        optimizer = fg.SparseAdamW(partial.parameters(), lr=1e-5, check_finite=look)
+        loops[name] = loop(model, optimizer)
+    first = {name: step() for name, step in loops.items()}
+    assert len(set(first.values())) == 1, f"first losses differ: {first}"
+    second = [step() for step in loops.values()]
+    assert max(second) - min(second) < 1e-5 * max(second), f"second losses differ: {second}"
+    with Progress(console=console, transient=True) as bar:
+        tick = bound(bar.advance, bar.add_task("rounds", total=rounds + 2))
+        timings = interleaved(loops, rounds, progress=tick, **clock)
+    return [Row(n, 1.0, None, t.ratio, t.low, t.high, t.seconds) for n, t in timings.items()]
+
+
 def table(title: str, rows: list[Row]) -> Table:
     out = Table(title=title)
     for column in ("step", "trained", "ms", "ratio", "quartiles", "aim"):
@@ -250,6 +290,8 @@ def main() -> None:
         "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"],
         help="of the weights; bfloat16 ones are trained through float32 masters",
     )  # fmt: skip
+    parser.add_argument("--examples", type=int, default=4, help="of a whole training step")
+    parser.add_argument("--tokens", type=int, default=128, help="of each example there")
     parser.add_argument("--json", type=Path, help="write the figures as JSON")
     parser.add_argument("--system-malloc", action="store_true", help="leave the heap as it is")
     parser.add_argument(
@@ -271,12 +313,16 @@ def main() -> None:
         results[dtype] = rows
         total = sum(p.numel() for p in Weights(size, torch.float32).parameters())
         console.print(table(f"{total / 1e6:.0f} million weights in {dtype}", rows))
+    whole = training(args.rounds, args.examples, args.tokens, clock, console)
+    batch = f"{args.examples} x {args.tokens} tokens"
+    console.print(table(f"whole training steps, all weights trained, {batch}", whole))
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
         data = {
             "environment": environment(),
             "settings": settings | {"aims": {str(k): v for k, v in AIMS.items()}},
             "rows": {d: [asdict(r) | {"met": r.met} for r in rows] for d, rows in results.items()},
+            "training": [asdict(r) for r in whole],
         }
         args.json.write_text(json.dumps(data, indent=1) + "\n")
 

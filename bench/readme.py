@@ -230,6 +230,17 @@ def optimizer_step() -> str:
         + f". {env['date']}, {env['processor']}, {_threads(env)}, torch {env['torch']}; "
         f"`python bench/optim_step.py --rounds {settings['rounds']}"
         + (" --cpu-time`." if settings["cpu_time"] else "`."),
+        "",
+        "| whole training step, all weights trained | time | quartiles |",
+        "|:--|--:|--:|",
+        *(
+            f"| {r['step'].removesuffix(', all weights')} | {r['ratio']:.3f} | "
+            f"{r['low']:.3f}–{r['high']:.3f} |"
+            for r in data["training"]
+        ),
+        "",
+        "Forward and backward pass and update of the Llama model of `bench/step_overhead.py`, "
+        f"{settings['examples']} x {settings['tokens']} tokens; the same run.",
     ]
     return "\n".join(lines)
 
