@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
+from fastgrad.cli_end import end_process
 from fastgrad.cli_exit import BROKEN_PIPE, INTERRUPTED, REFUSED
 from fastgrad.cli_imports import importing, process_is_our_own
 
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if code == INTERRUPTED or interrupts.came:
             print("interrupted: no file was left half written", file=sys.stderr)
             code = INTERRUPTED
+    if argv is None:
+        end_process(code)
     raise SystemExit(code)
 
 

@@ -103,8 +103,8 @@ def _scanned_once(module: str) -> Iterator[None]:
 
 
 def _remember_all(name: str, module: Any) -> None:
-    function = getattr(module, name, None)
-    parameters = getattr(function, "cache_parameters", dict)()
+    function: Any = getattr(module, name, None)
+    parameters: dict[str, Any] = getattr(function, "cache_parameters", dict)()
     if parameters.get("maxsize") is not None:
         setattr(module, name, functools.lru_cache(maxsize=None)(function.__wrapped__))
 

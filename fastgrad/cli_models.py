@@ -26,7 +26,8 @@ def transformers_module(without: Sequence[str] = ()) -> Any:
     """transformers, without its progress bars and advice.
 
     Args:
-        without: packages it is imported without, see :func:`~fastgrad.cli_imports.imported_lightly`.
+        without: packages to import it without, see
+            :func:`~fastgrad.cli_imports.imported_lightly`.
 
     Raises:
         MissingExtraError: if it is not installed.
