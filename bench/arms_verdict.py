@@ -114,8 +114,13 @@ def aim(verdicts: Sequence[Verdict], role: str) -> str:
     if beaten:
         return "missed: better at equal or less memory are " + ", ".join(v.label for v in beaten)
     words = {w: sum(v.found.word == w for v in judged) for w in ("better", "level", "worse")}
+    close = [
+        f"{v.label} {v.found.mean:+.3f}"
+        for v in judged
+        if v.found.word == "level" and v.found.mean < 0 and v.memory != "more"
+    ]
     return (
         f"met: none of {len(judged)} peers is better at equal or less memory "
         f"({words['worse']} worse, {words['level']} level, {words['better']} better with more "
-        "memory)"
+        "memory)" + (f"; lower by mean, within the interval: {', '.join(close)}" if close else "")
     )

@@ -333,8 +333,8 @@ def test_memory_in_words():
     assert [memory_word(m, 100) for m in (94, 95, 105, 106)] == ["less", "equal", "equal", "more"]
 
 
-def verdict(word, memory, role=arms_setup.PEER):
-    mean = {"better": -1.0, "level": 0.0, "worse": 1.0}[word]
+def verdict(word, memory, role=arms_setup.PEER, shift=0.0):
+    mean = {"better": -1.0, "level": 0.0, "worse": 1.0}[word] + shift
     rows = np.random.default_rng(3).normal(5, 0.1, (3, 20))
     noise = np.random.default_rng(4).normal(0, 0.1, (3, 20)) if word == "level" else 0
     noise = noise - np.mean(noise)
@@ -352,6 +352,12 @@ def test_the_aim_is_missed_only_by_a_better_peer_at_no_more_memory():
     control = verdict("better", "less", arms_setup.CONTROL)
     assert aim([*fine, control], arms_setup.PEER).startswith("met")
     assert "nothing is said" in aim([control], arms_setup.PEER)
+    ahead = [verdict("level", memory, shift=-1e-3) for memory in ("less", "more")]
+    assert aim([*fine, *ahead], arms_setup.PEER).endswith(
+        "more memory); lower by mean, within the interval: level-less -0.001"
+    )
+    assert "lower by mean" not in aim([*fine, verdict("level", "less", shift=1e-3)],
+                                      arms_setup.PEER)  # fmt: skip
 
 
 # -- the report --------------------------------------------------------------------------
