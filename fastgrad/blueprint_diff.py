@@ -11,13 +11,15 @@ import numpy as np
 
 from fastgrad.blocks import in_words
 from fastgrad.printable import printable
-from fastgrad.staleness import (
-    JACCARD_TOLERANCE,
-    SPEARMAN_TOLERANCE,
-    TAU_TOLERANCE,
-    Agreement,
-    agreement,
+from fastgrad.rank_agreement import Agreement, agreement
+from fastgrad.release_noise import (
+    ReleaseNoise,
+    above_noise,
+    effect,
+    is_noised,
+    is_read_exactly,
 )
+from fastgrad.staleness import HIDDEN, LABELS, expected_of, limits_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -101,18 +103,21 @@ class BlueprintDiff:
     Attributes:
         identical: the files say the very same.
         verdict: ``identical``, ``agree`` (as well as each with itself), ``differ`` (by more than
-            their noise), ``unknown`` (no halves to compare with, or too few submodules) or
-            ``different model``.
+            their noise), ``unknown`` (no halves to compare with, too few submodules, or a private
+            release whose noise hides it) or ``different model``.
         reason: the verdict in words, with what may explain a difference.
         provenance: fields that differ, of the model first.
         only_one, only_other: submodules that one of them measured alone.
         shapes: name -> both shapes, where they differ.
-        spearman, weighted_tau, top_jaccard: agreement of rms scores; None if not to be had.
+        spearman, weighted_tau, top_jaccard: agreement of rms scores; None if not to be had. Of a
+            private release among the norms above its noise.
         halves_one, halves_other: the same three between halves of each sample, where known.
         distance: total variation between the shares: the part of the squared gradient norm that
             lies elsewhere, 0 to 1.
         changes: every submodule that both measured, the largest change of share first.
         fits: name of a number (gamma, rank exponent, k* per resource) -> both values.
+        noise: what the noise of a private release, or deciles, leave of the agreement, where one of
+            the two is such a release and the other is none.
     """
 
     identical: bool
@@ -130,11 +135,12 @@ class BlueprintDiff:
     distance: float | None
     changes: tuple[ShareChange, ...]
     fits: Mapping[str, tuple[Any, Any]]
+    noise: ReleaseNoise | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
         found: dict[str, Any] = _plain(asdict(self))
-        return found
+        return found | {"noise": None if self.noise is None else self.noise.to_dict()}
 
     def text(self, most: int = 10) -> str:
         """The comparison for people, with the ``most`` largest changes."""
@@ -229,21 +235,25 @@ def diff(one: Blueprint, other: Blueprint) -> BlueprintDiff:
     }  # fmt: skip
     alone = [tuple(n for n in measured[i] if n not in measured[1 - i]) for i in (0, 1)]
     changes, distance = _changes(one, other, common)
-    found = _agreement(one, other, common)
+    found, noise = _agreement(one, other, common)
     halves = [_halves(b) for b in (one, other)]
     identical = one.to_json() == other.to_json()
     different = bool(differing) or one.n_model_parameters != other.n_model_parameters
-    verdict, reason = _judge(identical, different, found, halves, provenance)
+    verdict, reason = _judge(
+        identical, different, found, halves, provenance, noise,
+        sum(not is_read_exactly(b.file) for b in (one, other)),
+    )  # fmt: skip
     spearman, tau, jaccard = found or (None, None, None)
     return BlueprintDiff(
         identical, verdict, reason, provenance, alone[0], alone[1], differing, spearman, tau,
-        jaccard, halves[0], halves[1], distance, changes, _fits(one, other),
+        jaccard, halves[0], halves[1], distance, changes, _fits(one, other), noise,
     )  # fmt: skip
 
 
 def _judge(
     identical: bool, different: bool, found: Agreement | None,
-    halves: list[tuple[float, float, float] | None], provenance: tuple[FieldDifference, ...],
+    halves: list[Agreement | None], provenance: tuple[FieldDifference, ...],
+    noise: ReleaseNoise | None, n_inexact: int,
 ) -> tuple[Literal["identical", "agree", "differ", "unknown", "different model"], str]:  # fmt: skip
     if identical:
         return "identical", "the files say the very same"
@@ -255,6 +265,11 @@ def _judge(
         + (f" and {len(named) - 4} more" if len(named) > 4 else "")
         if named else "Nothing in how they were made differs"
     )  # fmt: skip
+    if noise is not None and noise.too_few:
+        return "unknown", (
+            f"{HIDDEN}: {noise.n_above} of {noise.n} norms lie above twice the noise, which is too "
+            f"few. {told}"
+        )
     if found is None:
         return "unknown", f"too few submodules can be compared, or their scores are equal. {told}"
     known = [h for h in halves if h is not None]
@@ -263,31 +278,50 @@ def _judge(
             f"ranks agree to Spearman {found.spearman:.2f}, and neither file says how well halves "
             f"of its sample agree. {told}"
         )
-    tolerances = (SPEARMAN_TOLERANCE, TAU_TOLERANCE, JACCARD_TOLERANCE)
-    bars = [min(h[i] for h in known) for i in range(3)]
-    texts = [
-        f"{label} {value:.2f} (halves {bar:.2f})"
-        for label, value, bar in zip(("Spearman", "weighted tau", "top-20 % Jaccard"), found, bars,
-                                     strict=True)
-    ]  # fmt: skip
-    low = [t for t, v, bar, allowed in zip(texts, found, bars, tolerances, strict=True)
-           if v < bar - allowed]  # fmt: skip
+    if n_inexact and noise is None:
+        return "unknown", (
+            f"ranks agree to Spearman {found.spearman:.2f}, and neither file holds norms without "
+            f"noise, by which what noise does to ranks could be told. {told}"
+        )
+    bars = expected_of(known, noise)
+    limits = limits_of(bars, noise)
+    of = "halves" if noise is None else "halves and noise" if noise.std != 0 else "halves, deciles"
+    texts = [f"{label} {value:.2f} ({of} {bar:.2f})"
+             for label, value, bar in zip(LABELS, found, bars, strict=True)]  # fmt: skip
+    low = [t for t, v, limit in zip(texts, found, limits, strict=True) if v < limit]
+    # It leaves too little to call them alike, or how much it leaves is not known.
+    hidden = noise is not None and (noise.expected is None if low else not noise.settles)
+    if hidden:
+        return "unknown", f"{HIDDEN}: {', '.join(low or texts)}. {told}"
     if low:
         return "differ", f"ranks agree less than halves of a sample do: {', '.join(low)}. {told}"
     return "agree", f"ranks agree as well as halves of a sample do: {', '.join(texts)}. {told}"
 
 
-def _agreement(one: Blueprint, other: Blueprint, common: list[str]) -> Agreement | None:
+def _agreement(
+    one: Blueprint, other: Blueprint, common: list[str]
+) -> tuple[Agreement | None, ReleaseNoise | None]:
+    """Agreement of rms scores, among the norms above noise; and what noise leaves of it, by the
+    norms of the other file where that has them exactly."""
     dead = set(one.dead) & set(other.dead)
     scores = [b.scores("rms", "module") for b in (one, other)]
     names = [n for n in common if n not in dead and n in scores[0] and n in scores[1]]
+    noise = None
+    for noisy, exact in ((one, other), (other, one)):
+        if not is_noised(exact.file) and exact.file.privacy.released is None:
+            known = {s.name: s for s in exact.submodules}
+            truth = np.array([known[n].grad_norm or 0.0 for n in names])
+            size = np.array([known[n].numel for n in names])
+            noise = noise or effect(noisy.file, names, truth, size)
+    for above in (above_noise(one.file), above_noise(other.file)):
+        names = names if above is None else [n for n in names if above[n]]
     a, b = (np.array([s[n][0] for n in names]) for s in scores)
-    return agreement(a, b)
+    return agreement(a, b), noise
 
 
-def _halves(blueprint: Blueprint) -> tuple[float, float, float] | None:
+def _halves(blueprint: Blueprint) -> Agreement | None:
     h = blueprint.split_half
-    return None if h is None else (h.spearman, h.weighted_tau, h.top_jaccard)
+    return None if h is None else Agreement(h.spearman, h.weighted_tau, h.top_jaccard)
 
 
 def _changes(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastgrad.blueprint_schema import BlueprintFile, Fits, KStarEntry, Lorenz
+from fastgrad.blueprint_schema import BlueprintFile, Fits, KStarEntry, Lorenz, Submodule
 from fastgrad.printable import printable
+from fastgrad.release_noise import above_noise, is_noised
 from fastgrad.resources import OVER_AGGRESSIVE_SHARE
 
 
@@ -36,12 +37,13 @@ def _lines(file: BlueprintFile) -> list[str]:
         f"examples in {data.n_batches:,} batches, {_or_unknown(data.n_label_tokens)} label tokens",
         *_concentration(file.fits),
     ]
-    if file.privacy.mechanism != "none":
+    if is_noised(file):
         p = file.privacy
         lines.append(
             f"privacy    {p.mechanism}: epsilon {_number(p.epsilon)}, delta {_number(p.delta)} for "
             f"one {p.unit} ({p.adjacency}); noise {_number(p.noise_std)} on each norm"
         )
+        lines.append(f"           {in_noise(file)}")
     if file.fits is None:
         lines.append(f"released   {file.privacy.released} of the submodules' rms alone")
     for name, k in file.k_star.items():
@@ -79,17 +81,41 @@ def _lines(file: BlueprintFile) -> list[str]:
         "coverage   " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)
         + f"; {len(file.dead)} dead"
     )  # fmt: skip
-    ranked = sorted(
-        (s for s in file.submodules if s.rms is not None), key=lambda s: -(s.rms or 0.0)
-    )[:10]
     if file.fits is None:
         return [*lines, "", *_first(file)]
-    width = max((len(s.name) for s in ranked), default=0)
-    lines += ["", f"{'highest rms':<{width}}  {'rms':>9}  {'norm':>9}  {'share':>6}  elements"]
+    return [*lines, "", *_highest(file)]
+
+
+def in_noise(file: BlueprintFile) -> str:
+    """How many of the norms of a private release say something."""
+    above = above_noise(file)
+    if above is None:
+        return (
+            "how many of the norms are above the noise is not released: the order may be that of "
+            "noise"
+        )
+    count = sum(above.values())
+    rest = "" if count == len(above) else "; the others' rms and place are mostly noise"
+    return f"{count} of {len(above)} norms above twice the noise{rest}"
+
+
+def by_rms(file: BlueprintFile) -> list[tuple[Submodule, bool]]:
+    """Submodules by rms, the highest first, and whether each is in the noise of a private release:
+    its rms, and so its place, is then mostly noise."""
+    above = above_noise(file) or {}
+    known = sorted((s for s in file.submodules if s.rms is not None), key=lambda s: -(s.rms or 0.0))
+    return [(s, not above.get(s.name, True)) for s in known]
+
+
+def _highest(file: BlueprintFile, most: int = 10) -> list[str]:
+    shown = by_rms(file)[:most]
+    width = max((len(s.name) for s, _ in shown), default=0)
+    lines = [f"{'highest rms':<{width}}  {'rms':>9}  {'norm':>9}  {'share':>6}  elements"]
+    size = max((len(f"{s.numel:,}") for s, _ in shown), default=0)
     lines += [
         f"{s.name:<{width}}  {s.rms or 0:>9.3g}  {s.grad_norm or 0:>9.3g}  {s.share or 0:>6.1%}  "
-        f"{s.numel:,}"
-        for s in ranked
+        + (f"{s.numel:<{size},}  in the noise" if noise else f"{s.numel:,}")
+        for s, noise in shown
     ]
     return lines
 

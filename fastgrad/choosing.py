@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from fastgrad.errors import SelectionError
 from fastgrad.filling import Filling
 from fastgrad.granularity import HEAD, Blocks, check_blocks, resolve
 from fastgrad.ranking import CONTROLS, MEASURED, SUMS, Ranked, block_scores
+from fastgrad.release_noise import above_noise, is_noised
 from fastgrad.selection import Selection
 from fastgrad.spread import Shares, plan_spread
 from fastgrad.stats import GradientStats
@@ -144,6 +146,9 @@ def select(
     }
     if direction is not None:
         meta["direction"] = direction
+    release = _release_noise(source, ranking)
+    if release is not None:
+        meta["release_noise"] = release
     digest = _hash_of(source)
     total = sum(math.prod(shape) for shape in shapes.values())
 
@@ -165,7 +170,48 @@ def select(
         }
     if digest is None and hash_weights and model is not None:
         digest = _hash_of_weights(model)
-    return made(filling)
+    chosen = made(filling)
+    if release is not None and (said := _in_noise(release, chosen.names)):
+        meta["note"] = "; ".join(filter(None, [meta["note"], said]))
+        warnings.warn(said, stacklevel=2)
+        chosen = made(filling)
+    return chosen
+
+
+def _release_noise(
+    source: Blueprint | GradientStats | None, ranking: str
+) -> dict[str, Any] | None:
+    """Of a ranking by a private release: how many of its norms are above the noise, and which are
+    not; both null if the release does not say."""
+    if source is None or isinstance(source, GradientStats) or ranking not in MEASURED:
+        return None
+    if not is_noised(source.file):
+        return None
+    above = above_noise(source.file)
+    return {
+        "noise_std": source.file.privacy.noise_std,
+        "n": len(source.measured_names) if above is None else len(above),
+        "n_above": None if above is None else sum(above.values()),
+        "not_above": None if above is None else [n for n, a in above.items() if not a],
+    }
+
+
+def _in_noise(release: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """What to say of a choice by such a ranking; nothing where all norms are above the noise."""
+    if release["not_above"] is None:
+        return (
+            f"the blueprint is a private release of the order of {release['n']} noised norms and "
+            "does not say how many of them are above the noise: the order may be that of noise"
+        )
+    if not release["not_above"]:
+        return None
+    said = (
+        f"the blueprint is a private release with {release['n_above']} of {release['n']} norms "
+        "above twice its noise, and the place of the others in the ranking is mostly noise"
+    )
+    lost = [n for n in names if n in set(release["not_above"])]
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return said + (f"; of those chosen {', '.join(lost[:3])}{more}" if lost else "; none is chosen")
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from fastgrad.blueprint_provenance import public_command
 from fastgrad.cli_common import (
     Created,
     Domains,
@@ -153,7 +154,8 @@ def private(
 
     Every run is a release. Another one from the same records, also after one that was refused
     because all norms lay below the noise, adds to epsilon and delta. The command line is written
-    into the file; what is printed on standard error is not protected.
+    into the file with DATA in place of the data's name; what is printed on standard error is not
+    protected.
 
     Example: [bold]fastgrad blueprint private my-model/ notes.jsonl -o my-model/ --clip 1.0
     --epsilon 2 --delta 1e-6[/]
@@ -201,6 +203,7 @@ def private(
     blueprint = norms.blueprint(
         domain or [], name_or_path=name, revision=revision, datasets=dataset or (),
         created=created, tokens_per_step=tokens_per_step, coarse=coarse,  # type: ignore[arg-type]
+        command=_without(data, sys.argv),
     )  # fmt: skip
     path = blueprint.save_pretrained(output)
     for line in sample.notes:
@@ -210,6 +213,11 @@ def private(
     else:
         emit_text(blueprint.summary())
         note(f"wrote {path}")
+
+
+def _without(data: str, argv: Sequence[str]) -> str:
+    """The command line, with DATA in place of the data's name: that may say what is in them."""
+    return public_command(["DATA" if arg == data else arg for arg in argv])
 
 
 def _release(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,9 @@ def select_command(
         str | None, typer.Option(help="FLOPs of a training step, such as 2.5T; with --batch.")
     ] = None,
     k_star: Annotated[
-        str | None, typer.Option("--k-star", help="memory or flops: the blueprint's own k*.")
+        str | None,
+        typer.Option("--k-star", help="The blueprint's own k*: memory, flops, or time or energy "
+                                      "where it holds measurements of them.")
     ] = None,
     ranking: Annotated[
         str,
@@ -125,13 +128,16 @@ def select_command(
     net = None
     if reference is not None:
         net = load_model(reference) if reads_weights else meta_model(reference)
-    selection = select(
-        measured, net, fraction=fraction, count=count, submodules=submodules, memory=memory,
-        flops=flops, k_star=k_star, blocks=granularity, ranking=ranking, direction=direction,
-        include=include or None, exclude=exclude or None, floor=shares_of("floor", floor),
-        cap=shares_of("cap", cap), spread_by=spread_by, seed=seed or 0,
-        optimizer=optimizer or "adamw", batch_shape=shape, master_dtype=dtype,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        # It stands in the note, which is part of what is printed.
+        warnings.filterwarnings("ignore", message="the blueprint is a private release")
+        selection = select(
+            measured, net, fraction=fraction, count=count, submodules=submodules, memory=memory,
+            flops=flops, k_star=k_star, blocks=granularity, ranking=ranking, direction=direction,
+            include=include or None, exclude=exclude or None, floor=shares_of("floor", floor),
+            cap=shares_of("cap", cap), spread_by=spread_by, seed=seed or 0,
+            optimizer=optimizer or "adamw", batch_shape=shape, master_dtype=dtype,
+        )  # fmt: skip
     selection.save(output)
     if as_json:
         emit_json({

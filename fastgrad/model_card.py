@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrad.blueprint_schema import FILE_NAME
-from fastgrad.blueprint_text import kept
+from fastgrad.blueprint_text import by_rms, in_noise, kept
 from fastgrad.errors import BlueprintError, MissingExtraError
 from fastgrad.files import atomic_path
 from fastgrad.printable import printable, printable_lines
+from fastgrad.release_noise import is_noised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -203,6 +204,10 @@ def _metadata(blueprint: Blueprint, emissions: Emissions | None) -> dict[str, An
             "domain_tags": list(blueprint.domain_tags),
         }
     }
+    if blueprint.file.domains:
+        entries["gradient_blueprint"]["domains"] = [
+            list(one.domain_tags) for one in (blueprint.file, *blueprint.file.domains)
+        ]
     if emissions is not None:
         entries["co2_eq_emissions"] = emissions.metadata()
     return entries
@@ -292,6 +297,7 @@ def section_lines(
         "",
         *_highest(blueprint),
         "",
+        *_domains(blueprint),
     ]
     for picture in figures:
         lines += [f"![{_plain(picture.alt)}]({picture.file})", "", f"*{_caption(picture)}*", ""]
@@ -327,13 +333,16 @@ def _findings(blueprint: Blueprint) -> list[tuple[str, str]]:
     import numpy as np
 
     file = blueprint.file
+    noise_row = [("privacy noise", _plain(in_noise(file)))] if is_noised(file) else []
     if file.fits is None:
-        return [("released", f"{_plain(file.privacy.released or '')} of the submodules' rms alone")]
+        coarse = f"{_plain(file.privacy.released or '')} of the submodules' rms alone"
+        return [("released", coarse), *noise_row]
     fit, tail, noise = file.fits.squared_norm, file.fits.norm.tail, file.noise
     shares = " / ".join(
         f"{np.interp(k, fit.lorenz.k, fit.lorenz.share):.0%}" for k in (0.1, 0.2, 0.5)
     )
-    rows = [("top 10 % / 20 % / 50 % of the weights hold", f"{shares} of the squared gradient")]
+    rows = [("top 10 % / 20 % / 50 % of the weights hold", f"{shares} of the squared gradient"),
+            *noise_row]  # fmt: skip
     if tail is not None:
         rows.append(("power law", f"{tail.verdict}: {_plain(tail.reason)}"))
     for name, k in file.k_star.items():
@@ -354,12 +363,30 @@ def _highest(blueprint: Blueprint, n: int = 5) -> list[str]:
         sizes = {s.name: s.numel for s in blueprint.submodules}
         return ["| highest gradient per weight | weights |", "|:--|--:|",
                 *(f"| `{_plain(name)}` | {sizes[name]:,} |" for name in best)]  # fmt: skip
-    ranked = sorted((s for s in blueprint.submodules if s.rms is not None),
-                    key=lambda s: -(s.rms or 0.0))  # fmt: skip
-    return ["| highest gradient per weight | share of the squared norm | weights |",
-            "|:--|--:|--:|",
-            *(f"| `{_plain(s.name)}` | {s.share or 0:.1%} | {s.numel:,} |"
-              for s in ranked[:n])]  # fmt: skip
+    lines = ["| highest gradient per weight | share of the squared norm | weights |",
+             "|:--|--:|--:|"]  # fmt: skip
+    for s, noise in by_rms(blueprint.file)[:n]:
+        mark = " (in the noise)" if noise else ""
+        lines.append(f"| `{_plain(s.name)}`{mark} | {s.share or 0:.1%} | {s.numel:,} |")
+    return lines
+
+
+def _domains(blueprint: Blueprint) -> list[str]:
+    """A table of all domains, where there are several; what stands above it is of the first."""
+    if not blueprint.file.domains:
+        return []
+    lines = ["Measured on several domains; all above is of the first.", "",
+             "| domain | examples | label tokens | highest gradient per weight |",
+             "|:--|--:|--:|:--|"]  # fmt: skip
+    for one in (blueprint.file, *blueprint.file.domains):
+        tokens = one.data.n_label_tokens
+        known = sorted((s for s in one.submodules if s.rms), key=lambda s: -(s.rms or 0.0))
+        lines.append(
+            f"| {_plain(', '.join(one.domain_tags)) or 'no tag'} | {one.data.n_examples:,} | "
+            f"{'unknown' if tokens is None else format(tokens, ',')} | "
+            + ", ".join(f"`{_plain(s.name)}`" for s in known[:2]) + " |"
+        )  # fmt: skip
+    return [*lines, ""]
 
 
 def _reference(blueprint: Blueprint) -> str:

@@ -27,6 +27,7 @@ from fastgrad.blueprint_make import DataSetLike
 from fastgrad.blueprint_provenance import provenance, public_name
 from fastgrad.blueprint_schema import finite_or_none
 from fastgrad.errors import BlueprintError, MissingExtraError, PrivacyError
+from fastgrad.release_noise import ABOVE
 from fastgrad.resources import CostModel
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ class PrivateNorms:
             "noise_multiplier": self.noise_multiplier,
             "noise_std": self.noise_std,
             "n_submodules": len(self.names),
-            "n_above_noise": int((self.values > 2 * self.noise_std).sum()),
+            "n_above_noise": int((self.values > ABOVE * self.noise_std).sum()),
             "epsilon": self.epsilon,
             "delta": self.delta,
             "accountant": self.accountant,

@@ -2,37 +2,37 @@
 
 A rank correlation by itself says little: 0.8 is drift if two halves of the local sample agree
 to 0.99, and nothing at all if they agree to 0.75. So every statistic stands beside the same
-statistic between random halves.
+statistic between random halves; where the release was given noise, or holds deciles alone, beside
+what these leave of it (:mod:`fastgrad.release_noise`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr, weightedtau
 
+from fastgrad.rank_agreement import (
+    MIN_RELIABILITY,
+    MIN_SUBMODULES,
+    TOP,
+    Agreement,
+    agreement,
+)
+from fastgrad.release_noise import ReleaseNoise, above_noise, effect
 from fastgrad.stats import GradientStats
 
 if TYPE_CHECKING:
     from fastgrad.blueprint import Blueprint
 
+__all__ = ["MIN_RELIABILITY", "MIN_SUBMODULES", "TOP", "Agreement", "agreement"]
+
 Array = NDArray[np.float64]
 Verdict = Literal["fresh", "drifted", "different model", "sample too small"]
-
-#: The part of the submodules whose membership a selection lives by: the usual budget.
-TOP = 0.2
-
-#: Below this reliability of the whole local sample even a perfect blueprint could correlate with
-#: it by no more than √0.7 = 0.84, which cannot be told from moderate drift.
-MIN_RELIABILITY = 0.7
-
-#: Rank correlations over fewer submodules are dominated by single ones.
-MIN_SUBMODULES = 5
 
 #: Halves need two units each for their means to vary less than single units do.
 MIN_UNITS = 4
@@ -49,16 +49,17 @@ TAU_TOLERANCE = 0.2
 #: member in ten, which costs a selection little.
 JACCARD_TOLERANCE = 0.2
 
+#: Of the statistics, in the order of :class:`Agreement`.
+LABELS = ("Spearman", "weighted tau", "top-20 % Jaccard")
+
+#: What a reason says where the noise of a private release leaves no answer, and what would help.
+HIDDEN = "the release's noise hides it"
+SETTLED = (
+    "A release of more examples or a larger epsilon would settle it, and no larger local sample"
+)
+
 #: One-sided 95 % point of a standard normal: chance level of Spearman is this over √(n − 1).
 CHANCE = 1.645
-
-
-class Agreement(NamedTuple):
-    """How well two scorings of the same submodules agree."""
-
-    spearman: float
-    weighted_tau: float
-    top_jaccard: float
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ class Staleness:
             where the sample is too small and that can be said.
         more_examples: the same in examples, at the batch size of the sample; where it cannot even
             be halved, the fewest that would let it.
+        noise: what the release's noise, or its deciles, leave of an agreement; None for a release
+            of exact numbers.
+        hidden: that noise is why the verdict is ``sample too small``: the release's sample is, for
+            its noise; no local sample would settle it.
     """
 
     verdict: Verdict
@@ -122,30 +127,56 @@ class Staleness:
     weights_match: bool | None
     more_needed: int | None = None
     more_examples: int | None = None
+    noise: ReleaseNoise | None = None
+    hidden: bool = False
+
+    @property
+    def bars(self) -> Agreement | None:
+        """What each statistic is expected to reach: the lower agreement of halves, times what noise
+        leaves of it."""
+        known = [h for h in (self.local, self.released) if h is not None]
+        return expected_of(known, self.noise) if known else None
+
+    @property
+    def limits(self) -> Agreement | None:
+        """Below these it has drifted: the bars, less tolerance and what noise may take."""
+        return None if self.bars is None else limits_of(self.bars, self.noise)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
-        return asdict(self)
+        return asdict(self) | {"noise": None if self.noise is None else self.noise.to_dict()}
 
 
-def agreement(a: Array, b: Array) -> Agreement | None:
-    """Agreement of two score vectors; None where ranks mean nothing."""
-    if a.size < MIN_SUBMODULES or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    top = max(1, round(TOP * a.size))
-    best_a, best_b = (set(np.argsort(-x, kind="stable")[:top].tolist()) for x in (a, b))
+def expected_of(halves: Sequence[Agreement | SplitHalf], noise: ReleaseNoise | None) -> Agreement:
+    """The lower agreement of the halves, times what noise leaves of it: a correlation through two
+    independent disturbances is the product of those through each."""
+    left = None if noise is None else noise.expected
+    e = left or Agreement(1.0, 1.0, 1.0)
     return Agreement(
-        float(spearmanr(a, b).statistic),
-        float(weightedtau(a, b).statistic),
-        len(best_a & best_b) / len(best_a | best_b),
+        e.spearman * min(h.spearman for h in halves),
+        e.weighted_tau * min(h.weighted_tau for h in halves),
+        e.top_jaccard * min(h.top_jaccard for h in halves),
     )
 
 
-def split_half(stats: GradientStats, repeats: int = 20, seed: int = 0) -> SplitHalf | None:
+def limits_of(bars: Agreement, noise: ReleaseNoise | None) -> Agreement:
+    """What is allowed to fall below ``bars``: the tolerance, and what noise may take."""
+    m = (None if noise is None else noise.margin) or Agreement(0.0, 0.0, 0.0)
+    return Agreement(
+        bars.spearman - SPEARMAN_TOLERANCE - m.spearman,
+        bars.weighted_tau - TAU_TOLERANCE - m.weighted_tau,
+        bars.top_jaccard - JACCARD_TOLERANCE - m.top_jaccard,
+    )
+
+
+def split_half(
+    stats: GradientStats, repeats: int = 20, seed: int = 0, among: Collection[str] | None = None
+) -> SplitHalf | None:
     """Agreement between random halves of the sample; None if it is too small to be divided.
 
     Halves of the batches, since batch gradients are what is ranked; halves of the examples'
-    contributions where there are fewer than four batches.
+    contributions where there are fewer than four batches. ``among`` these submodules alone, if
+    given.
     """
     basis: Literal["batches", "examples"]
     if stats.n_batches >= MIN_UNITS:
@@ -156,7 +187,8 @@ def split_half(stats: GradientStats, repeats: int = 20, seed: int = 0) -> SplitH
         return None
     size = np.maximum(stats.numel, 1)
     dead = set(stats.dead)
-    live = np.array([n not in dead for n in stats.names]) & ~np.isnan(source).any(1)
+    wanted = set(stats.names if among is None else among) - dead
+    live = np.array([n in wanted for n in stats.names]) & ~np.isnan(source).any(1)
     rng = np.random.default_rng(seed)
     n, found = source.shape[1], []
     for _ in range(repeats):
@@ -180,9 +212,11 @@ def compare(blueprint: Blueprint, local: GradientStats) -> Staleness:
 
     def result(verdict: Verdict, reason: str, found: Agreement | None = None, n: int = 0,
                halves: SplitHalf | None = None, more: int | None = None,
-               examples: int | None = None) -> Staleness:  # fmt: skip
+               examples: int | None = None, noise: ReleaseNoise | None = None,
+               hidden: bool = False) -> Staleness:  # fmt: skip
         s, t, j = found or (None, None, None)
-        return Staleness(verdict, reason, s, t, j, halves, released, n, match, more, examples)
+        return Staleness(verdict, reason, s, t, j, halves, released, n, match, more, examples,
+                         noise, hidden)  # fmt: skip
 
     for name, shape in zip(local.names, local.shapes, strict=True):
         if name not in shapes:
@@ -192,12 +226,24 @@ def compare(blueprint: Blueprint, local: GradientStats) -> Staleness:
                           f"{shapes[name]} in the blueprint")  # fmt: skip
     dead = set(blueprint.dead) & set(local.dead)
     theirs = blueprint.scores("rms", "module")
-    norms = zip(local.names, local.grad_norm, local.numel, strict=True)
-    ours = {n: norm / math.sqrt(size) for n, norm, size in norms if size}
-    common = [n for n in local.names if n in theirs and n in ours and n not in dead]
-    a = np.array([theirs[n][0] for n in common])
-    b = np.array([ours[n] for n in common])
-    found, halves, n = agreement(a, b), split_half(local), len(common)
+    norms = dict(zip(local.names, local.grad_norm.tolist(), strict=True))
+    size = dict(zip(local.names, local.numel.tolist(), strict=True))
+    common = [n for n in local.names if n in theirs and size[n] and n not in dead]
+    noise = effect(blueprint.file, common, np.array([norms[n] for n in common]),
+                   np.array([size[n] for n in common]))  # fmt: skip
+    above = above_noise(blueprint.file)
+    seen = common if above is None else [n for n in common if above[n]]
+    a = np.array([theirs[n][0] for n in seen])
+    b = np.array([norms[n] / math.sqrt(size[n]) for n in seen])
+    found, n = agreement(a, b), len(seen)
+    halves = split_half(local, among=None if above is None else seen)
+    if noise is not None and noise.too_few and len(common) >= MIN_SUBMODULES:
+        return result(
+            "sample too small",
+            f"{HIDDEN}: {n} of {len(common)} norms lie above twice the noise, which is too few. "
+            f"{SETTLED}",
+            found, n, halves, noise=noise, hidden=True,
+        )  # fmt: skip
     if found is None or halves is None:
         what = (
             f"only {n} submodules can be compared" if n < MIN_SUBMODULES
@@ -207,7 +253,7 @@ def compare(blueprint: Blueprint, local: GradientStats) -> Staleness:
         )  # fmt: skip
         fewest = MIN_UNITS - local.n_examples if halves is None and found is not None else 0
         return result("sample too small", what, found, n, halves,
-                      examples=fewest if fewest > 0 else None)  # fmt: skip
+                      examples=fewest if fewest > 0 else None, noise=noise)  # fmt: skip
     if halves.reliability < MIN_RELIABILITY:
         needed = halves.needed()
         more = None if needed is None else max(needed - halves.n, 1)
@@ -219,12 +265,21 @@ def compare(blueprint: Blueprint, local: GradientStats) -> Staleness:
             f"{MIN_RELIABILITY}); "
             + (f"about {more} more {halves.basis}{said} would settle it" if more else
                "the halves do not agree at all, so the number that would settle it is unknown"),
-            found, n, halves, more, examples,
+            found, n, halves, more, examples, noise,
         )  # fmt: skip
-    if match is False and found.spearman < CHANCE / math.sqrt(n - 1):
+    bars = expected_of([halves] if released is None else [halves, released], noise)
+    limits = limits_of(bars, noise)
+    chance = CHANCE / math.sqrt(n - 1)
+    unknown = noise is not None and noise.expected is None
+    # Noise may be what brings ranks down to chance.
+    if match is False and found.spearman < chance and not unknown and (
+        noise is None or found.spearman < limits.spearman
+    ):  # fmt: skip
         return result("different model", f"other weights, and ranks that agree no better than "
-                      f"chance (Spearman {found.spearman:.2f})", found, n, halves)  # fmt: skip
-    return result(*_judge(found, halves, released, match), found, n, halves)
+                      f"chance (Spearman {found.spearman:.2f})", found, n, halves,
+                      noise=noise)  # fmt: skip
+    verdict, reason, hidden = _judge(found, bars, limits, noise, match)
+    return result(verdict, reason, found, n, halves, noise=noise, hidden=hidden)
 
 
 def _in_examples(more: int | None, halves: SplitHalf, local: GradientStats) -> int | None:
@@ -234,26 +289,41 @@ def _in_examples(more: int | None, halves: SplitHalf, local: GradientStats) -> i
 
 
 def _judge(
-    found: Agreement, local: SplitHalf, released: SplitHalf | None, match: bool | None
-) -> tuple[Verdict, str]:
+    found: Agreement, bars: Agreement, limits: Agreement, noise: ReleaseNoise | None,
+    match: bool | None,
+) -> tuple[Verdict, str, bool]:  # fmt: skip
+    """Verdict, reason, and whether noise hides the answer."""
     # Two halves differ more than two whole samples do, so a drop below them is no noise. The
     # noisier of the two samples sets the bar.
-    halves: Sequence[SplitHalf] = [local] if released is None else [local, released]
-    parts, low = [], []
-    for label, value, tolerance, bar in (
-        ("Spearman", found.spearman, SPEARMAN_TOLERANCE, min(h.spearman for h in halves)),
-        ("weighted tau", found.weighted_tau, TAU_TOLERANCE, min(h.weighted_tau for h in halves)),
-        ("top-20 % Jaccard", found.top_jaccard, JACCARD_TOLERANCE,
-         min(h.top_jaccard for h in halves)),
-    ):  # fmt: skip
-        text = f"{label} {value:.2f} (halves {bar:.2f})"
-        parts.append(text)
-        if value < bar - tolerance:
-            low.append(text)
+    against = "halves" if noise is None else "halves and noise" if noise.std else "halves, deciles"
+    parts = [
+        f"{label} {value:.2f} ({against} {bar:.2f})"
+        for label, value, bar in zip(LABELS, found, bars, strict=True)
+    ]
+    low = [text for text, v, limit in zip(parts, found, limits, strict=True) if v < limit]
     note = " The weights differ from the blueprint's." if match is False else ""
+    among = ""
+    if noise is not None and noise.n_above is not None and noise.std:
+        among = f", in the {noise.n_above} of {noise.n} norms above the release's noise"
+    if low and noise is not None and noise.expected is None:
+        return "sample too small", (
+            f"{HIDDEN}, or it has drifted: {', '.join(low)}, and the release does not say how far "
+            f"its norms are above the noise. {SETTLED}{note}"
+        ), True  # fmt: skip
     if low:
-        return "drifted", f"agreement falls below the sample's own: {', '.join(low)}.{note}"
-    return "fresh", f"agrees as well as the sample with itself: {', '.join(parts)}.{note}"
+        return "drifted", (
+            f"agreement falls below the sample's own{among}: {', '.join(low)}.{note}"
+        ), False  # fmt: skip
+    if noise is not None and not noise.settles:
+        left = 0.0 if noise.expected is None else noise.expected.spearman
+        return "sample too small", (
+            f"{HIDDEN}: one that still holds would agree to Spearman {left:.2f} by its noise alone"
+            f"{among} (needed: {math.sqrt(MIN_RELIABILITY):.2f}; found: {found.spearman:.2f}). "
+            f"{SETTLED}{note}"
+        ), True  # fmt: skip
+    return "fresh", (
+        f"agrees as well as the sample with itself{among}: {', '.join(parts)}.{note}"
+    ), False  # fmt: skip
 
 
 # -- weights for a blend ---------------------------------------------------------------------
