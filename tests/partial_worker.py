@@ -277,6 +277,40 @@ def ddp_masters() -> dict[str, Any]:
 
 
 @scenario
+def ddp_thousand_steps() -> dict[str, Any]:
+    """With weight decay, clipping, autocast and accumulation: what is not selected keeps its
+    bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(17, 24), nn.LayerNorm(24), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 17)
+    ).bfloat16()
+    selection, before = selection_of(model, "5x7"), weights_of(model)
+    partial = fg.make_partial(model, selection, torch.float32)
+    wrapped = DistributedDataParallel(model)
+    optimizer = fg.SparseAdamW(partial.parameters(), lr=1e-3, weight_decay=0.5)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(1000):
+        for last in (False, True):
+            ids = torch.randint(0, 17, (2, 6), generator=generator)
+            with contextlib.nullcontext() if last else wrapped.no_sync():
+                with torch.autocast("cpu", torch.bfloat16):
+                    scores = wrapped(ids).flatten(0, 1).float()
+                (nn.functional.cross_entropy(scores, ids.flatten()) / 2).backward()
+        clip_grad_norm_(partial.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = weights_of(model)
+    hashes = everywhere(digest(unselected(after, selection)))
+    return {
+        "unselected": sum(t.numel() for t in unselected(before, selection)),
+        "frozen": set(hashes) == {digest(unselected(before, selection))},
+        "all alike": len(set(everywhere(digest([after[n] for n in sorted(after)])))) == 1,
+        "moved": all(not torch.equal(after[n], before[n]) for n in selection.blocks),
+        "counts": sorted({float(s["step"].max()) for s in optimizer.state.values()}),
+    }
+
+
+@scenario
 def ddp_static_graph() -> dict[str, Any]:
     model = model_of()
     options = {"static_graph": True, "gradient_as_bucket_view": True}

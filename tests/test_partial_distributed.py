@@ -33,6 +33,7 @@ FIRST = [
 ]
 ACCUMULATING = ("ddp_no_sync", "ddp_accelerate", "fsdp_accumulation")
 OTHERS = [name for name in SCENARIOS if name not in FIRST]
+APART = ("checkpoints", "thousand_steps")  # tested in their own way
 
 
 def run(names, folder):
@@ -85,7 +86,7 @@ def test_processes_together_train_what_one_trains(results, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in OTHERS if "checkpoints" not in n])
+@pytest.mark.parametrize("name", [n for n in OTHERS if not any(a in n for a in APART)])
 def test_other_ways_to_train(others, name):
     found = others[name]
     of_gradients = 5e-3 if name == "fsdp_mixed_precision" else 1e-6  # rounded to bfloat16 there
@@ -96,6 +97,17 @@ def test_other_ways_to_train(others, name):
     assert found.get("hash", True)
     assert found.get("one size", True)
     assert found.get("torch AdamW", 0.0) < 2e-6
+
+
+@pytest.mark.slow
+def test_unselected_weights_keep_their_bits_over_1000_steps_of_two_processes(others):
+    found = others["ddp_thousand_steps"]
+    assert "failed" not in found, found["failed"]
+    assert found["unselected"] > 500
+    assert found["frozen"]
+    assert found["all alike"]
+    assert found["moved"]
+    assert found["counts"] == [1000.0]
 
 
 def test_only_packed_gradients_are_sent(results):
