@@ -53,7 +53,10 @@ def made(
             continue
         picks = func in _PICKS and not (args and tensor is args[0])
         by_index |= picks and m.chosen == COUNTED
-        level = max(level, CHOICE if picks else m.chosen)
+        if not picks:
+            level = max(level, m.chosen)
+        elif found.owned:  # rows of a constant, as a frozen expert's weights, are no count
+            level = max(level, CHOICE)
     if not level and begins(func, known, out):
         level = CHOICE
     if level == CHOICE and n > 1 and (not found.owned or (mixed and not by_index)):

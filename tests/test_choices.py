@@ -128,3 +128,14 @@ def test_a_routers_balancing_loss_is_named_and_what_depends_on_it_refused(name, 
     assert "router" in noise.noise_scale_reason
     # what is given still is the batch's gradient, example by example
     assert {c.status for c in found.coverage.values()} == {"exact"}
+
+
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
+def test_frozen_experts_are_picked_and_not_counted(how):
+    case = ZOO[f"qwen3-moe-{how}"]
+    model = case.make()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("self_attn" in name)
+    with fg.Probe(model, strict=True) as probe:
+        model(**case.batch(3, 1)).loss.backward()
+    assert not probe.stats().meta["mixes_examples"]
