@@ -137,7 +137,8 @@ def _weight(
             )
         return auto_weight(distance, local, released), "auto: inverse variance with squared bias"
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-        raise BlueprintError(f"weight must be 'auto' or a number in [0, 1]; got {weight!r}")
+        raise BlueprintError(f"weight must be 'auto' or a number in [0, 1]; got {weight!r}. "
+                             "Remedy: 1 is the blueprint alone, 0 the local sample alone")
     return float(weight), "given"
 
 

@@ -140,7 +140,8 @@ def refuse(one: Blueprint, other: Blueprint) -> None:
     ):  # fmt: skip
         if x != y:
             raise BlueprintError(
-                f"cannot merge blueprints of different {what}: {_first_difference(x, y)}"
+                f"cannot merge blueprints of different {what}: {_first_difference(x, y)}. Remedy: "
+                f"{_REMEDIES.get(what, 'measure both in the same way')}"
             )
     lacking = [s.name for f in (a, b) for s in f.submodules
                if s.batch_sum_sq is None and s.grad_norm is not None]  # fmt: skip
@@ -156,6 +157,13 @@ def refuse(one: Blueprint, other: Blueprint) -> None:
         )
 
 
+_REMEDIES = {
+    "models": "blueprints of one model",
+    "weights": "blueprints of the same weights; `diff` compares those of others",
+    "block granularity": "probe both with the same blocks",
+}  # fmt: skip
+
+
 def _granularity(blueprint: Blueprint) -> list[tuple[str, int, int]]:
     grids = ((name, blueprint.grid(name)) for name in sorted(blueprint.block_sq))
     return [(name, grid.block_rows, grid.block_cols) for name, grid in grids]
@@ -168,7 +176,9 @@ def _raw(entry: Submodule) -> tuple[Any, ...]:
 def _first_difference(x: Any, y: Any) -> str:
     if isinstance(x, list) and isinstance(y, list):
         pair = next(((p, q) for p, q in zip(x, y, strict=False) if p != q), None)
-        return f"{pair[0]} and {pair[1]}" if pair else f"{len(x)} and {len(y)} of them"
+        return f"{pair[0]} and {pair[1]}" if pair else (
+            f"{len(x)} parameters in the one, {len(y)} in the other"
+        )
     return f"{x} and {y}"
 
 

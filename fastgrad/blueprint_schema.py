@@ -475,7 +475,9 @@ class BlueprintFile(Measured):
     The measurement at the top level is of the primary domain.
     """
 
-    schema_version: Annotated[str, Field(pattern=r"^\d{1,9}\.\d{1,9}\.\d{1,9}$")]
+    schema_version: Annotated[
+        str, Field(pattern=rf"^{SCHEMA_MAJOR}\.[0-9]{{1,9}}\.[0-9]{{1,9}}$")
+    ]
     domains: Annotated[list[Domain], Field(max_length=MAX_DOMAINS), FailFast()] = Field(
         [], description="measurements of the same weights on other data, in the order added"
     )

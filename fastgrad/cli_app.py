@@ -9,7 +9,7 @@ import typer
 
 import fastgrad
 from fastgrad.cli_blueprint import blueprint_app
-from fastgrad.cli_common import emit, verb
+from fastgrad.cli_common import Json, emit, verb
 from fastgrad.cli_compare import add_compare_verbs, staleness_command
 from fastgrad.cli_delta import delta_app
 from fastgrad.cli_exit import SHORT
@@ -67,11 +67,16 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for all results.")] = Path("quickstart-out"),
     fast: Annotated[bool, typer.Option("--fast", help="Smaller, in under 90 seconds.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    as_json: Json = False,
 ) -> None:
-    """Train, measure, select and adapt a small model on real text, against control arms.
+    """Train, measure, select and adapt a small model on real text, against control arms. With
+    --json, what results.json holds is printed, and the screens go to standard error.
 
     Example: [bold]fastgrad quickstart --fast --output /tmp/quickstart[/]
     """
     from fastgrad.quickstart.run import run_quickstart
 
-    raise typer.Exit(run_quickstart(output, fast, seed))
+    code = run_quickstart(output, fast, seed, to_stderr=as_json)
+    if as_json and code == 0:
+        emit((output / "results.json").read_text("utf-8"), end="", raw=True)
+    raise typer.Exit(code)

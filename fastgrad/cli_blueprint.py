@@ -180,8 +180,8 @@ def verify(
 
 
 @verb(blueprint_app, "schema")
-def schema() -> None:
-    """Print the JSON Schema of the file.
+def schema(as_json: Json = False) -> None:
+    """Print the JSON Schema of the file, which is JSON with --json and without.
 
     Example: [bold]fastgrad blueprint schema > blueprint.schema.json[/]
     """

@@ -151,6 +151,12 @@ def weight_of(text: str) -> float | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:
-        return float(text)
+        weight = float(text)
     except ValueError:
-        raise typer.BadParameter(f"--weight is 'auto' or a number, not {text!r}") from None
+        weight = -1.0
+    if not 0.0 <= weight <= 1.0:
+        raise typer.BadParameter(
+            f"it is 'auto' or a number from 0 to 1, not {text!r}. Remedy: 1 is the blueprint "
+            "alone, 0 the local sample alone", param_hint="--weight",
+        )  # fmt: skip
+    return weight

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +33,9 @@ COUNTED, MEASURED = "counted", "measured"
 
 #: Three different fractions are the fewest from which a line and its misfit both follow.
 MIN_FRACTIONS = 3
+
+#: Fractions of the parameters trained, and what a step cost.
+Pairs = Iterable[tuple[float, float]] | Mapping[float, float]
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ class CostModel:
 
     @classmethod
     def from_measurements(
-        cls, resource: str, unit: str, pairs: Iterable[tuple[float, float]], *, n_params: int
+        cls, resource: str, unit: str, pairs: Pairs, *, n_params: int
     ) -> CostModel:
         """Least-squares line through measured costs of steps: :attr:`mode` is ``"measured"``.
 
@@ -198,7 +201,7 @@ class CostModel:
             unit: of the measured costs, for instance ``"s"``.
             pairs: ``(fraction of the parameters trained, cost of a step)`` for each measurement,
                 at three different fractions at least. Fractions in [0, 1], zero being a step
-                that trains nothing.
+                that trains nothing. Also a mapping of fraction to cost.
             n_params: parameters of the model.
 
         Raises:
@@ -206,7 +209,15 @@ class CostModel:
                 below zero at k = 0: then noise or something that is not linear decides, and no
                 coefficient is made up in its place.
         """
-        points = [(float(k), float(cost)) for k, cost in pairs]
+        try:
+            given = pairs.items() if isinstance(pairs, Mapping) else pairs
+            points = [(float(k), float(cost)) for k, cost in given]
+        except (TypeError, ValueError) as error:
+            raise ResourceError(
+                f"{resource}: measurements are pairs of numbers. Remedy: [(0.2, 0.031), (0.5, "
+                "0.048), ...], the fraction trained and the cost of a step; or a mapping of one "
+                "to the other"
+            ) from error
         for k, cost in points:
             if not 0.0 <= k <= 1.0:
                 raise ResourceError(f"{resource}: a measured fraction must lie in [0, 1]; got {k}")
@@ -236,7 +247,7 @@ class CostModel:
         return cls(resource, unit, fixed, per_param, n_params, MEASURED, int(k.size), residual)
 
     @classmethod
-    def time(cls, pairs: Iterable[tuple[float, float]], *, n_params: int) -> CostModel:
+    def time(cls, pairs: Pairs, *, n_params: int) -> CostModel:
         """Seconds of a step, from measured ``(fraction trained, seconds per step)``.
 
         Time depends on machine, model and batch, so it is measured and never estimated.
@@ -247,7 +258,7 @@ class CostModel:
         return cls.from_measurements("time", "s", pairs, n_params=n_params)
 
     @classmethod
-    def energy(cls, pairs: Iterable[tuple[float, float]], *, n_params: int) -> CostModel:
+    def energy(cls, pairs: Pairs, *, n_params: int) -> CostModel:
         """Joules of a step, from measured ``(fraction trained, joules per step)``; as :meth:`time`.
 
         Raises:

@@ -102,11 +102,16 @@ def read_chosen(
         stats._validate()
         return stats
     except FileNotFoundError:
-        raise StatsError(f"no statistics file at {path}") from None
+        raise StatsError(
+            f"no statistics file at {path}. Remedy: what `fastgrad probe -o` or stats.save wrote"
+        ) from None
     except (SafetensorError, *DAMAGE) as error:
         if isinstance(error, StatsError):
             raise
-        raise StatsError(f"{path} is damaged or no statistics file: {error}") from error
+        raise StatsError(
+            f"{path} is damaged or no statistics file: {error}. Remedy: what `fastgrad probe -o` "
+            "or stats.save wrote; if it is that, probe again"
+        ) from error
 
 
 def wanted_blocks(detailed: Sequence[str], blocks: bool | Sequence[str]) -> set[str]:

@@ -253,7 +253,7 @@ def test_refused_kinds():
         one.with_domain(blueprint(stats(2), "code")).merge(blueprint(stats(3)))
     with pytest.raises(BlueprintError, match=r"granularity: .*embed\.weight"):
         blueprint(stats(1, spec="row")).merge(blueprint(stats(2, spec="2x3")))
-    with pytest.raises(BlueprintError, match="granularity: 0 and 4 of them"):
+    with pytest.raises(BlueprintError, match="granularity: 0 parameters in the one, 4 in"):
         one.merge(blueprint(stats(2, spec="row")))
     bare = stats(2)
     bare.sq, bare.batch = np.zeros((6, 0)), np.zeros(0, np.int64)
@@ -268,5 +268,5 @@ def test_refused_kinds():
     fewer = {n: s for n, s in SHAPES.items() if n != "head.weight"}
     part = stats(2, shapes=fewer)
     part.meta["n_model_parameters"] = 215
-    with pytest.raises(BlueprintError, match="different parameters: 6 and 5 of them"):
+    with pytest.raises(BlueprintError, match="different parameters: 6 parameters in the one, 5 in the other"):
         one.merge(blueprint(part))

@@ -95,8 +95,7 @@ def test_help_shows_an_example(run, path):
     assert code == 0
     assert f"Example: {path}" in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
-    if path not in ("fastgrad blueprint schema", "fastgrad quickstart"):
-        assert "--json" in out
+    assert "--json" in out
 
 
 def test_help_names_the_exit_codes(run):
@@ -378,7 +377,7 @@ def test_blend(run, released, tmp_path):
     assert made.domain_tags == expected.domain_tags
     assert run("blueprint", "blend", released, local, "-o", tmp_path, "--weight", "x")[0] == 2
     code, _, err = run("blueprint", "blend", released, local, "-o", tmp_path, "--weight", 2)
-    assert (code, "[0, 1]" in err) == (1, True)
+    assert (code, "from 0 to 1, not" in err) == (2, True)
 
 
 # -- select and plan -----------------------------------------------------------------------------
@@ -537,8 +536,17 @@ def test_shard_sizes(run, released, tmp_path):
 def test_quickstart_passes_its_arguments_on(run, tmp_path, monkeypatch):
     calls = []
     module = types.ModuleType("fastgrad.quickstart.run")
-    module.run_quickstart = lambda output, fast, seed: calls.append((output, fast, seed)) or 3
+    def run_quickstart(output, fast, seed, *, to_stderr):
+        calls.append((output, fast, seed))
+        print("a screen", file=sys.stderr if to_stderr else sys.stdout)
+        (output / "results.json").write_text('{"loss": 2.5}\n')
+        return 3 if fast else 0
+
+    module.run_quickstart = run_quickstart
     monkeypatch.setitem(sys.modules, "fastgrad.quickstart.run", module)
     code, _, _ = run("quickstart", "--fast", "--output", tmp_path, "--seed", 7)
     assert calls == [(tmp_path, True, 7)]
     assert code == 3  # its result is the exit code
+    code, out, err = run("quickstart", "--output", tmp_path, "--json")
+    assert (code, json.loads(out), err) == (0, {"loss": 2.5}, "a screen\n")
+    assert calls[-1] == (tmp_path, False, 0)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgrad.blocks import BlockGrid
+from fastgrad.blueprint_coarse import is_coarse
 from fastgrad.choosing import filtered_names, parameters_of, select
 from fastgrad.errors import MissingExtraError, SelectionError
 from fastgrad.identity import unwrapped
@@ -83,11 +84,14 @@ def lora_plan(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     modules_only: bool = False,
+    shared: bool = True,
 ) -> LoraPlan:
     """Choose weights by their gradient and share out ranks; see :func:`peft_config`.
 
     Args:
         modules_only: leave out what is no module of its own, such as stacked expert weights.
+        shared: share ranks out by the gradient, which a coarse blueprint does not hold; else as
+            if it were the same in all.
 
     Raises:
         SelectionError: as for :func:`peft_config`.
@@ -124,8 +128,13 @@ def lora_plan(
         budget = sum(cost * min(r, t.max_rank) for cost, t in zip(costs, picked.values(),
                                                                   strict=True))  # fmt: skip
     grids = {name: BlockGrid.of(shapes[name], "module") for name in picked}
-    norms = block_scores(source, model, "norm", grids, seed=0)
-    mass = [float(np.nan_to_num(norms[name][0])) for name in picked]
+    mass = [1.0] * len(picked)
+    if shared:
+        _refuse_coarse(source, "the ranks of adapters are shared out by gradient norms. Remedy: a "
+                               "blueprint with norms, or `fastgrad export regex` (target_regex), "
+                               "which needs the order alone, with one rank for all")  # fmt: skip
+        norms = block_scores(source, model, "norm", grids, seed=0)
+        mass = [float(np.nan_to_num(norms[name][0])) for name in picked]
     ranks = share_ranks(mass, costs, budget, least, [min(most, t.max_rank) for t in
                                                      picked.values()])  # fmt: skip
     modules = set(saved.values())
@@ -290,7 +299,7 @@ def target_regex(
     model = unwrapped(model)
     plan = lora_plan(source, model, fraction=fraction, count=count, selection=selection,
                      ranking=ranking, include=include, exclude=exclude,
-                     modules_only=True)  # fmt: skip
+                     modules_only=True, shared=False)  # fmt: skip
     wanted = [t.module for t in plan.targets.values()]
     return regex_of(wanted, [name for name, _ in model.named_modules()])
 
@@ -338,9 +347,20 @@ def _measured(
         names = list(shapes)
     else:
         names = [n for n in source.names if n in source.measured_names]
+    _refuse_coarse(source, "a layer's score is a sum of squared gradient norms. Remedy: a "
+                           "blueprint with norms")  # fmt: skip
     grids = {name: BlockGrid.of(shapes[name], "module") for name in names}
     scores = block_scores(source, None, "norm", grids, seed=0)
     return {name: float(v[0]) ** 2 for name, v in scores.items() if np.isfinite(v[0])}
+
+
+def _refuse_coarse(source: Blueprint | GradientStats, why: str) -> None:
+    from fastgrad.stats import GradientStats
+
+    if not isinstance(source, GradientStats) and is_coarse(source.file):
+        raise SelectionError(
+            f"this blueprint holds {source.file.privacy.released} of rms alone, and {why}"
+        )
 
 
 def _chosen(

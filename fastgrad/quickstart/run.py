@@ -273,8 +273,11 @@ class Quickstart:
             figure.savefig(temporary, dpi=110, format="png")
 
 
-def run_quickstart(output: Path, fast: bool, seed: int = 0) -> int:
-    """Run everything and write the results below ``output``. Returns the exit code.
+def run_quickstart(
+    output: Path, fast: bool, seed: int = 0, *, to_stderr: bool = False
+) -> int:
+    """Run everything and write the results below ``output``; show it on standard output, or on
+    standard error. Returns the exit code.
 
     Raises:
         MissingExtraError: before anything is done, if a package is not installed.
@@ -286,7 +289,7 @@ def run_quickstart(output: Path, fast: bool, seed: int = 0) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # loading a dozen tensors needs no bar
-    console = screen.console()
+    console = screen.console(to_stderr)
     quickstart = Quickstart(Path(output), Settings.fast() if fast else Settings.full(), seed,
                             console)  # fmt: skip
     try:

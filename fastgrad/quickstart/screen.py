@@ -35,11 +35,12 @@ _WIDE = 110  # columns that the result needs as one table
 _SHOWN = 6  # submodules listed
 
 
-def console() -> Console:
+def console(to_stderr: bool = False) -> Console:
     """A console for people; wide enough for the table where output goes to a file."""
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        return Console(highlight=False)
-    return Console(highlight=False, width=_WIDE)
+    stream = sys.stderr if to_stderr else sys.stdout
+    if stream.isatty() or "COLUMNS" in os.environ:
+        return Console(highlight=False, stderr=to_stderr)
+    return Console(highlight=False, width=_WIDE, stderr=to_stderr)
 
 
 def heading(out: Console, title: str) -> None:
