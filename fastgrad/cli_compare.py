@@ -56,7 +56,7 @@ def staleness_command(
     submodule's gradient in the one over that in the other as a picture too.
 
     Exit code 0 if it is fresh, 3 if it has drifted or is of a different model, 4 if the sample is
-    too small to tell.
+    too small to tell, or the noise of a private release hides it.
 
     Example: [bold]fastgrad staleness my-model/ my-sample.safetensors --plot both.png[/]
     """
@@ -111,8 +111,14 @@ def _staleness_table(found: Staleness) -> str:
                 f"{label:<18}" + cells((halves.spearman, halves.weighted_tau, halves.top_jaccard))
                 + f"  of {halves.n} {halves.basis}"
             )  # fmt: skip
+    noise, among = found.noise, ""
+    if noise is not None and noise.n_above is not None and noise.std:
+        among = f", those of {noise.n} above the release's noise"
+        if noise.expected is not None and found.limits is not None:
+            lines.append(f"{'halves and noise':<18}" + cells(found.bars or (None, None, None)))
+            lines.append(f"{'drifted below':<18}" + cells(found.limits))
     weights = {None: "not known to be the same", True: "the same", False: "others"}
-    lines.append(f"{found.n_compared} submodules compared; the weights are "
+    lines.append(f"{found.n_compared} submodules compared{among}; the weights are "
                  f"{weights[found.weights_match]}")  # fmt: skip
     return "\n".join(lines)
 

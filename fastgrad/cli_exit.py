@@ -27,8 +27,8 @@ MEANING = {
     NO: "a check was made and the answer is no: validate (not a blueprint), verify (other "
     "weights), diff (they differ), staleness (drifted, or a different model)",
     UNDECIDED: "a check could not be decided: verify (the file holds no hash), staleness and "
-    "nearest (the sample is too small, or too close to several domains), diff (nothing says how "
-    "noisy the two are)",
+    "nearest (the sample is too small, or too close to several domains; the noise of a private "
+    "release hides it), diff (nothing says how noisy the two are, or that noise hides it)",
     INTERRUPTED: "interrupted by Ctrl-C; no file was left half written",
     BROKEN_PIPE: "whoever read the output went away, as `| head` does; quiet",
 }

@@ -18,14 +18,8 @@ from fastgrad.plots_base import (
     far_below,
     matplotlib_module,
 )
-from fastgrad.staleness import (
-    JACCARD_TOLERANCE,
-    SPEARMAN_TOLERANCE,
-    TAU_TOLERANCE,
-    TOP,
-    SplitHalf,
-    Staleness,
-)
+from fastgrad.release_noise import above_noise
+from fastgrad.staleness import TOP, Staleness
 from fastgrad.stats import GradientStats
 
 if TYPE_CHECKING:
@@ -47,8 +41,8 @@ def staleness_plot(
     two is only the scale of the loss. Which ones are in the top 20 % of both, or of one alone, is
     what a selection depends on. Parameters that are dead in both are left out; those that are
     alive but far below the others are counted, outside the axes. The verdict is the title; each
-    statistic stands beside what it needs: its bar (the same statistic between halves of a sample)
-    less the tolerance.
+    statistic stands beside what it needs: its bar (the same statistic between halves of a sample,
+    and what the noise of a private release leaves of it) less the tolerance.
 
     Args:
         ax: matplotlib axes.
@@ -111,28 +105,31 @@ def staleness_plot(
 def statistics_text(result: Staleness) -> str:
     """The statistics beside what they need, a line each; what could not be computed is a dash."""
     rows = []
-    for label, value, tolerance, key in (
-        ("Spearman", result.spearman, SPEARMAN_TOLERANCE, "spearman"),
-        ("weighted tau", result.weighted_tau, TAU_TOLERANCE, "weighted_tau"),
-        (f"top-{TOP:.0%} Jaccard", result.top_jaccard, JACCARD_TOLERANCE, "top_jaccard"),
+    limits = result.limits or (None, None, None)
+    for label, value, limit in (
+        ("Spearman", result.spearman, limits[0]),
+        ("weighted tau", result.weighted_tau, limits[1]),
+        (f"top-{TOP:.0%} Jaccard", result.top_jaccard, limits[2]),
     ):
-        halves = [h for h in (result.local, result.released) if isinstance(h, SplitHalf)]
-        bar = min((getattr(h, key) for h in halves), default=None)
         own = "   -" if value is None else f"{value:.2f}"
-        allowed = "   -" if bar is None else f"{bar - tolerance:.2f}"
+        allowed = "   -" if limit is None else f"{limit:.2f}"
         sign = "- "
-        if value is not None and bar is not None:
-            sign = "< " if value < bar - tolerance else ">="
+        if value is not None and limit is not None:
+            sign = "< " if value < limit else ">="
         rows.append(f"{label:<16} {own} {sign} {allowed}")
     return "\n".join([f"{'':<16} agrees needs", *rows])
 
 
 def _common(released: Blueprint, local: GradientStats) -> tuple[np.ndarray, np.ndarray]:
-    """Rms of the parameters that both have and that are alive in either."""
+    """Rms of the parameters that both have and that are alive in either; of a private release
+    those above its noise."""
     dead = set(released.dead) & set(local.dead)
+    above = above_noise(released.file) or {}
     theirs = {n: float(v[0]) for n, v in released.scores("rms", "module").items()}
     x, y = [], []
     for name, norm, n in zip(local.names, local.grad_norm, local.numel, strict=True):
+        if not above.get(name, True):
+            continue
         if name in theirs and name not in dead and n and theirs[name] > 0 and norm > 0:
             x.append(theirs[name])
             y.append(float(norm) / math.sqrt(n))

@@ -179,5 +179,4 @@ def _deciles(scores: Array) -> Array:
     """Scores of which nothing but the tenth of the ranks is left; the highest is 10."""
     rank = np.empty(scores.size)
     rank[np.argsort(-scores, kind="stable")] = np.arange(scores.size)
-    tenth: Array = 10.0 - 10 * rank.astype(np.int64) // scores.size
-    return tenth
+    return np.asarray(10 - 10 * rank.astype(np.int64) // scores.size, dtype=np.float64)

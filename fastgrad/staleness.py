@@ -165,7 +165,7 @@ def limits_of(bars: Agreement, noise: ReleaseNoise | None) -> Agreement:
     return Agreement(
         bars.spearman - SPEARMAN_TOLERANCE - m.spearman,
         bars.weighted_tau - TAU_TOLERANCE - m.weighted_tau,
-        bars.top_jaccard - JACCARD_TOLERANCE - m.top_jaccard,
+        max(bars.top_jaccard - JACCARD_TOLERANCE - m.top_jaccard, 0.0),
     )
 
 

@@ -95,6 +95,30 @@ def test_metadata_is_what_the_hub_reads(blueprint, folder):
     assert "co2" not in text.lower()
 
 
+def test_every_domain_is_named(blueprint, folder):
+    tagged = [
+        b.file.model_copy(update={"domain_tags": [tag], "model": blueprint.file.model})
+        for b, tag in ((blueprint, "prose"), (blueprint_of(seed=5), "code"),
+                       (blueprint_of(seed=6), "l|w"))
+    ]  # fmt: skip
+    one, *others = (Blueprint(file) for file in tagged)
+    for other in others:
+        one = one.with_domain(other)
+    write_card(folder, one)
+    text = (folder / "README.md").read_text()
+    rows = {"prose": one.file, "code": one.file.domains[0], "l&#124;w": one.file.domains[1]}
+    for tag, content in rows.items():
+        best = max((s for s in content.submodules if s.rms), key=lambda s: s.rms)
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {tag} | ")]
+        assert f"| {content.data.n_examples:,} |" in row
+        assert f"`{best.name}`" in row
+    data = ModelCard(text).data.to_dict()["gradient_blueprint"]
+    assert data["domain_tags"] == ["prose"]
+    assert data["domains"] == [["prose"], ["code"], ["l|w"]]
+    write_card(folder, one)
+    assert (folder / "README.md").read_text() == text
+
+
 def test_a_card_of_its_own(blueprint, folder):
     write_card(folder, blueprint)
     text = (folder / "README.md").read_text()
