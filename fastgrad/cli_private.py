@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from fastgrad.blueprint_provenance import public_command
 from fastgrad.cli_common import (
     Created,
     Domains,
@@ -217,6 +216,8 @@ def private(
 
 def _without(data: str, argv: Sequence[str]) -> str:
     """The command line, with DATA in place of the data's name: that may say what is in them."""
+    from fastgrad.blueprint_provenance import public_command
+
     return public_command(["DATA" if arg == data else arg for arg in argv])
 
 
