@@ -149,6 +149,18 @@ def test_nothing_else_about_the_data_is_in_the_file(run, folders, records, tmp_p
     assert "sha256" not in texts[0][0].replace(json.loads(texts[0][0])["model"]["weights_hash"], "")
 
 
+def test_the_name_of_the_data_is_not_in_the_command(run, folders, records, tmp_path, monkeypatch):
+    given = ["blueprint", "private", folders["llama"], records, "-o", tmp_path / "made", *GUARANTEE]
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/fastgrad", *map(str, given)])
+    code, _, err = run(*given[2:], "--length", 8)
+    assert code == 0, err
+    text = (tmp_path / "made" / "gradient_blueprint.json").read_text()
+    assert records.stem not in text
+    command = json.loads(text)["provenance"]["command"]
+    assert command.split()[:5] == ["fastgrad", "blueprint", "private", os.path.basename(
+        folders["llama"]), "DATA"]  # fmt: skip
+
+
 def test_weights_of_16_bits_are_measured_in_32_and_named_as_they_are(run, records, tmp_path):
     folder = save_model(tmp_path / "half", "llama")
     load(folder).to(torch.bfloat16).save_pretrained(folder)
