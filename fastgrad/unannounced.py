@@ -25,7 +25,7 @@ _LOOKUPS = ("Embedding", "Index", "Gather", "Take")
 _DEPTH = 16  # of functions between a parameter and a custom function
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=512)  # a model may define such a class in each forward pass
 def _is_custom(kind: Any) -> bool:
     if not issubclass(kind, BackwardCFunction):
         return False
@@ -45,7 +45,8 @@ def _refuse(node: Any, batch: Batch) -> None:
     for before, _ in node.next_functions:
         if before is None:
             continue
-        if _is_custom(type(before)):  # what it returned met no function that is announced
+        kind: Any = type(before)
+        if _is_custom(kind):  # what it returned met no function that is announced
             _refuse(before, batch)
             continue
         for parameter in _made_of(before, _DEPTH) or ():

@@ -411,16 +411,24 @@ def test_functions_of_every_kind_are_exact(piece, blocks):
     ("piece", "missing", "reason", "options"),
     [
         (Hidden, ["piece.lin.weight"], r"torch.functional.cdist.*dense_limit", {"dense_limit": 9}),
-        (Smuggled, ["piece.lin.weight"], "self-check", {}),
+        (Smuggled, ["piece.lin.weight"], "custom autograd function .*Product", {}),
     ],
 )
 def test_what_is_not_covered_is_named_and_strict_raises(piece, missing, reason, options):
     torch.manual_seed(0)
     stats = assert_exact(Net(piece()), *data(), missing=missing, **options)
     assert all(re.search(reason, stats.coverage[n].reason) for n in missing)
-    if piece is not Smuggled:
-        with pytest.raises(CoverageError, match=missing[0]):
-            assert_exact(Net(piece()), *data(), strict=True, **options)
+    with pytest.raises(CoverageError, match=missing[0]):
+        assert_exact(Net(piece()), *data(), strict=True, **options)
+
+
+def test_the_self_check_finds_what_nobody_announced(monkeypatch):
+    """As it would be with a function that no look into the autograd graph finds."""
+    for place in ("taps", "probe"):
+        monkeypatch.setattr(f"fastgrad.{place}.refuse_unannounced", lambda tensors, batch: None)
+    torch.manual_seed(0)
+    stats = assert_exact(Net(Smuggled()), *data(), missing=["piece.lin.weight"])
+    assert "self-check" in stats.coverage["piece.lin.weight"].reason
 
 
 class Complex(nn.Module):
