@@ -17,6 +17,7 @@ from fastgrad.cli_common import (
     Plot,
     TokensPerStep,
     beside,
+    busy,
     check_plot,
     emit,
     emit_json,
@@ -61,10 +62,12 @@ def create(
     from fastgrad.blueprint import Blueprint
     from fastgrad.stats import GradientStats
 
-    blueprint = Blueprint.from_stats(
-        GradientStats.load(stats, blocks=False), domain_tags=domain or [], name_or_path=name,
-        revision=revision, datasets=dataset or (), created=created, tokens_per_step=tokens_per_step,
-    )  # fmt: skip
+    with busy("fitting", quiet=as_json):
+        blueprint = Blueprint.from_stats(
+            GradientStats.load(stats, blocks=False), domain_tags=domain or [], name_or_path=name,
+            revision=revision, datasets=dataset or (), created=created,
+            tokens_per_step=tokens_per_step,
+        )  # fmt: skip
     path = blueprint.save_pretrained(output)
     if as_json:
         emit_json({"path": str(path), "n_submodules": len(blueprint.names)})
@@ -158,11 +161,13 @@ def verify(
     """
     found = open_blueprint(blueprint)
     reference = model or beside(blueprint)
-    net = load_model(reference)
+    with busy("reading the weights", quiet=as_json):
+        net = load_model(reference)
     result = {"blueprint": blueprint, "model": reference, "weights_hash": found.weights_hash}
     code, reason = 0, ""
     try:
-        found.verify(net)
+        with busy("hashing the weights", quiet=as_json):
+            found.verify(net)
     except BlueprintError as error:
         if error.__cause__ is not None:  # the weights could not be read
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -124,8 +125,24 @@ def usage(text: str, option: str | None = None) -> NoReturn:
     raise typer.BadParameter(text, param_hint=option)
 
 
-def track(items: Sequence[T], description: str) -> Iterator[T]:
-    """``items``, with a progress bar on standard error if that is a terminal."""
+@contextlib.contextmanager
+def busy(description: str, *, quiet: bool) -> Iterator[None]:
+    """A moving bar on standard error, if that is a terminal, while work of unknown length goes on;
+    it goes away with the work. None if ``quiet``, for --json."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(description, total=None)
+        yield
+
+
+def track(items: Sequence[T], description: str, *, quiet: bool = False) -> Iterator[T]:
+    """``items``, with a progress bar on standard error if that is a terminal; none if ``quiet``."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -138,7 +155,7 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         yield from progress.track(items, description=description)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastgrad.cli_common import Json, emit, emit_json, usage, verb
+from fastgrad.cli_common import Json, busy, emit, emit_json, usage, verb
 from fastgrad.cli_models import transformers_module
 from fastgrad.cli_values import shard_size_of
 
@@ -111,7 +111,8 @@ def apply(
               "copied as they are", "--max-shard-size")  # fmt: skip
     if (base / "config.json").is_file():
         transformers_module()  # without its progress bars
-    made = merge_delta(base, path, output, max_shard_size=size)
+    with busy("reading, hashing and writing the weights", quiet=as_json):
+        made = merge_delta(base, path, output, max_shard_size=size)
     if as_json:
         files = sorted(p.name for p in made.iterdir())
         emit_json({"path": str(made), "files": files})

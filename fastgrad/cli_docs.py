@@ -12,8 +12,8 @@ _HEAD = """# The `fastgrad` command
 
 Made by `python -m fastgrad.cli_docs`; a test compares this page with the command.
 
-Data goes to standard output, everything else to standard error, so `--json` can be piped. A
-progress bar is shown where standard error is a terminal. `NO_COLOR` is respected. Where a
+Data goes to standard output, everything else to standard error, so `--json` can be piped. Long
+work shows a bar where standard error is a terminal. `NO_COLOR` is respected. Where a
 BLUEPRINT or MODEL is named, a hub id works too, at a revision as `org/name@revision`; what is
 fetched lies in the hub's cache, and `HF_HUB_OFFLINE=1` takes it from there alone. Every file
 appears whole or not at all.

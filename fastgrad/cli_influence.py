@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastgrad.cli_common import Json, emit, emit_json, emit_text, note, usage, verb
+from fastgrad.cli_common import Json, busy, emit, emit_json, emit_text, note, usage, verb
 
 influence_app = typer.Typer(
     help="Which blocks and which examples, and which of them together.", no_args_is_help=True
@@ -46,10 +46,11 @@ def report(
     from fastgrad.stats import GradientStats
 
     _known(scale)
-    found = influence_report(
-        GradientStats.load(stats, blocks=not whole), scale=scale, blocks=not whole,  # type: ignore[arg-type]
-        n_bootstrap=bootstrap, n_permutations=bootstrap, seed=seed,
-    )  # fmt: skip
+    with busy("resampling", quiet=as_json):
+        found = influence_report(
+            GradientStats.load(stats, blocks=not whole), scale=scale, blocks=not whole,  # type: ignore[arg-type]
+            n_bootstrap=bootstrap, n_permutations=bootstrap, seed=seed,
+        )  # fmt: skip
     if as_json:
         emit_json(found.to_dict())
     else:

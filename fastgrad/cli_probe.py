@@ -101,7 +101,7 @@ def probe(
     generator = torch.Generator().manual_seed(seed or 0)
     starts = range(0, len(sample.examples), rows)
     with Probe(net, blocks=granularity, l1=l1) as measuring:
-        for start in track(starts, "probing"):
+        for start in track(starts, "probing", quiet=as_json):
             batch = batch_of(sample.examples[start : start + rows], kind, tokenizer, generator)
             net.zero_grad(set_to_none=True)
             net(**batch).loss.backward()

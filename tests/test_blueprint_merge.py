@@ -268,5 +268,5 @@ def test_refused_kinds():
     fewer = {n: s for n, s in SHAPES.items() if n != "head.weight"}
     part = stats(2, shapes=fewer)
     part.meta["n_model_parameters"] = 215
-    with pytest.raises(BlueprintError, match="different parameters: 6 parameters in the one, 5 in the other"):
+    with pytest.raises(BlueprintError, match="different parameters: 6 parameters in the one"):
         one.merge(blueprint(part))
