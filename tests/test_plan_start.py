@@ -87,7 +87,8 @@ def test_a_mode_hands_the_question_for_a_device_to_the_tensor(mode, device):
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_plans_are_those_of_modes_that_look_at_every_question(kind, monkeypatch):
     model = meta_model(kind)
-    selection = selection_of(model, "row")
+    names = [n for n, _ in model.named_parameters() if ".3." in n]  # of one layer
+    selection = selection_of(model, "row", names=names)
 
     def plans():
         for chosen in (None, selection):
@@ -252,7 +253,7 @@ def test_transformers_remembers_what_it_has_read_as_is_assumed():
         assert hasattr(getattr(import_utils, f"is_{name}_available"), "cache_clear")
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["mixtral", "fnet"])
 def test_a_process_of_its_own_plans_the_same(kind, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[kind]))
     args = ["plan", str(tmp_path), "--batch", "2x24", "--flops", "--json"]
