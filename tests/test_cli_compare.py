@@ -127,7 +127,7 @@ def test_what_was_probed_is_in_the_blueprint(run, tmp_path):
     from tests.test_cli import save_model
 
     folder = save_model(tmp_path / "model", "bert")
-    text = tmp_path / "private" / "words.txt"
+    text = tmp_path / "ours-alone" / "words.txt"
     text.parent.mkdir()
     text.write_text(" ".join(f"w{i % 40}" for i in range(400)))
     assert run("probe", folder, text, "-o", tmp_path / "s", "--length", 16, "--seed", 3)[0] == 0
@@ -137,7 +137,7 @@ def test_what_was_probed_is_in_the_blueprint(run, tmp_path):
     assert data.name == "words.txt"
     assert data.revision == "sha256:" + hashlib.sha256(text.read_bytes()).hexdigest()
     assert (data.n_examples, found.data.seed, found.model.revision) == (25, 3, "v1")
-    assert "private" not in (folder / "gradient_blueprint.json").read_text()
+    assert "ours-alone" not in (folder / "gradient_blueprint.json").read_text()
     code, _, err = run("blueprint", "create", tmp_path / "s", "-o", folder, "--dataset", "org/data")
     assert code == 0, err
     (data,) = fg.Blueprint.from_pretrained(folder).file.data.datasets
