@@ -275,6 +275,29 @@ def partial_step() -> str:
     return "\n".join(lines)
 
 
+def plan_start() -> str:
+    """One line per model: seconds of the command and of the import alone."""
+    data = json.loads((RESULTS / "plan_start.json").read_text())
+    env, rows = data["environment"], {(r["model"], r["what"]): r for r in data["rows"]}
+    names, columns = (list(dict.fromkeys(key)) for key in zip(*rows, strict=True))
+    cells = {k: f"{r['seconds']:.1f} ({r['cpu_seconds']:.1f})" for k, r in rows.items()}
+    plans = [r["seconds"] for r in data["rows"] if r["what"] != columns[-1]]
+    met = "met" if max(plans) < data["aim_seconds"] else "missed"
+    lines = [
+        f"| seconds (processor time) | {' | '.join(columns)} |",
+        "|:--|" + "--:|" * len(columns),
+        *(f"| {name} | {' | '.join(cells[name, c] for c in columns)} |" for name in names),
+        "",
+        "From the start of the process to its end, with nothing but a config.json; the slowest "
+        f"takes {max(plans):.1f} s (aim: under {data['aim_seconds']:g} s, {met}). The import "
+        "alone: a process that imports transformers' module of the model and does nothing else. "
+        f"The fastest of {data['runs']} runs. {env['date']}, {env['processor']}, 1 thread, torch "
+        f"{env['torch']}, transformers {env['transformers']}; `python bench/plan_start.py --runs "
+        f"{data['runs']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def joint_cost() -> str:
     """What the joint choice takes at the size of the aim, a sentence."""
     data = json.loads((RESULTS / "joint_cost.json").read_text())
@@ -314,6 +337,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/train.md": {
         "peers": peers, "optimizer-step": optimizer_step, "partial-step": partial_step,
     },
+    "docs/selection.md": {"plan-start": plan_start},
     "docs/influence.md": {"joint-cost": joint_cost},
     "docs/findings.md": {name: experiment(name) for name in EXPERIMENTS},
     "docs/blueprint.md": {
