@@ -35,6 +35,7 @@ tokens) are compared with one example at a time, for every parameter.
 | cell | meaning |
 |---|---|
 | exact | every parameter is measured and agrees; the number is the worst relative error |
+| contribution | examples meet in the loss, and the probe says so: see "router loss" |
 | missing | the probe names parameters that it cannot measure, listed below; all others agree |
 | refused | the probe raises an error of its own that says why |
 | wrong | the probe calls something exact that is not: a bug |
@@ -42,9 +43,9 @@ tokens) are compared with one example at a time, for every parameter.
 | mixes | the model itself lets the examples of such a batch see each other, without any probe |
 | – | does not apply to this model |
 
-In float32 the error allowed is 1e-4 of the largest example's norm. In bfloat16 it is one unit in
-the last place and twice the distance between the bfloat16 and the float32 gradient of the same
-example: both sides round, and neither can be nearer than that.
+In float32 the error allowed is 1e-4 of the largest example's norm. In bfloat16 and float16 it is
+one unit in the last place and twice the distance between the rounded and the float32 gradient of
+the same example: both sides round, and neither can be nearer than that.
 """
 
 
@@ -78,7 +79,8 @@ def _table(matrix: Matrix, names: Sequence[str]) -> str:
 
 
 def _cell(outcome: Outcome) -> str:
-    return f"exact {outcome.error:.0e}" if outcome.status == "exact" else outcome.status
+    agrees = outcome.status in ("exact", "contribution")
+    return f"{outcome.status} {outcome.error:.0e}" if agrees else outcome.status
 
 
 def _notes(row: Mapping[str, Outcome]) -> list[str]:

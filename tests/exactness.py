@@ -18,7 +18,7 @@ from tests.scenarios import SCENARIOS, Inputs, Setting
 from tests.zoo import Case
 
 Gradient = dict[str, Tensor]
-Status = Literal["exact", "missing", "refused", "wrong", "fails", "mixes", "–"]
+Status = Literal["exact", "contribution", "missing", "refused", "wrong", "fails", "mixes", "–"]
 
 
 @dataclass
@@ -26,11 +26,12 @@ class Outcome:
     """What came out.
 
     ``exact``: every parameter is measured, and all numbers agree with one example at a time.
-    ``missing``: the probe names parameters that it cannot measure (``missing``: name to
-    reason); all others agree. ``refused``: it raised an error of its own. ``wrong``: it calls
-    something exact that is not. ``fails``: it broke with some other error. ``mixes``: the model
-    itself lets examples of such a batch see each other. ``–``: makes no sense for this model,
-    or the model itself cannot do it (``detail``).
+    ``contribution``: so is each contribution, and the probe names where examples meet, and refuses
+    what an example's loss alone would give. ``missing``: the probe names parameters that it cannot
+    measure (``missing``: name to reason); all others agree. ``refused``: it raised an error of its
+    own. ``wrong``: it calls something exact that is not. ``fails``: it broke with some other error.
+    ``mixes``: the model itself lets examples of such a batch see each other. ``–``: makes no sense
+    for this model, or the model itself cannot do it (``detail``).
     """
 
     status: Status
@@ -58,10 +59,12 @@ def check(case: Case, scenario: str) -> Outcome:
         reference = _reference(case, setting)
     except Exception as error:
         return Outcome("–", f"without a probe: {type(error).__name__}: {_first_line(error)}")
-    if setting.unrounded is None and _mixes(reference):
+    if setting.unrounded is None and setting.lacks is None and _mixes(reference):
         return Outcome("mixes", "the batch's gradient is not the sum of its examples' gradients")
     try:
-        with fg.Probe(setting.model, setting.blocks, loss_reduction=case.reduction) as probe:
+        with fg.Probe(
+            setting.model, setting.blocks, loss_reduction=case.reduction, loss_scale=setting.scale
+        ) as probe:
             probed = _backward(setting)
         stats = probe.stats()
     except FastgradError as error:
@@ -72,6 +75,11 @@ def check(case: Case, scenario: str) -> Outcome:
     for name, c in stats.coverage.items():
         if c.status == "missing":
             outcome.status, outcome.missing[name] = "missing", c.reason
+    if setting.lacks is not None:
+        outcome.status = "contribution" if outcome.status == "exact" else outcome.status
+        if not _refused_by_name(stats):
+            outcome.status, outcome.detail = "wrong", "it does not say that examples meet"
+            return outcome
     found = _compare(setting, stats, reference, probed, outcome)
     if found:
         outcome.status, outcome.detail = "wrong", found
@@ -123,13 +131,21 @@ def _contributions(setting: Setting, shares: list[list[float]]) -> Iterator[Grad
         for inputs, share in zip(examples, weights, strict=True):
             setting.model.zero_grad()
             if share:  # the mean loss of no label at all is not a number
-                (_loss(setting, inputs) * share).backward()
+                with setting.context():
+                    out = setting.model(**inputs)
+                    lost = 0.0 if setting.lacks is None else setting.lacks(out, share)
+                ((out.loss * share + lost) * setting.scale).backward()
             yield _gradient(setting.model)
 
 
 def _backward(setting: Setting) -> Gradient:
     setting.model.zero_grad()
-    torch.stack([_loss(setting, batch) for batch in setting.passes]).sum().backward()
+    if setting.accumulated:
+        for batch in setting.passes:
+            (_loss(setting, batch) * setting.scale).backward()
+    else:
+        losses = torch.stack([_loss(setting, batch) for batch in setting.passes])
+        (losses.sum() * setting.scale).backward()
     return _gradient(setting.model)
 
 
@@ -144,6 +160,14 @@ def _gradient(model: nn.Module) -> Gradient:
         for n, p in model.named_parameters()
         if p.requires_grad
     }
+
+
+def _refused_by_name(stats: fg.GradientStats) -> bool:
+    try:
+        stats.influence("example_mean")
+    except FastgradError as error:
+        return all(name in str(error) for name in stats.meta["mixes_examples"])
+    return False
 
 
 def _mixes(reference: Reference) -> bool:
@@ -182,20 +206,27 @@ def _compare(
         allowed = setting.tolerance * scale + 2 * reference.rounding[name]
         many = len(alone) * allowed
         blocks = np.stack([_block_norms(stats, name, a[name]) for a in alone], 1)
-        mean, change = stats.influence("example_mean")[p], probed[name] - batch[name]
+        change = probed[name] - batch[name]
         comparisons: list[tuple[str, object, object, float]] = [
             ("T", stats.T[p], norms[name], allowed),
-            ("T of the mean loss", mean * shares, norms[name] * (shares > 0), allowed),
             ("the block norm", stats.blocks(name), blocks, allowed),
-            ("the gradient norm", stats.grad_norm[p], float(batch[name].norm()), many),
             ("autograd's gradient", float(change.norm()), 0.0, many),
         ]
+        if not setting.accumulated:  # of each pass then, not of their sum
+            norm = float(batch[name].norm())
+            comparisons.append(("the gradient norm", stats.grad_norm[p], norm, many))
+        mean = None if setting.lacks is not None else stats.influence("example_mean")[p]
+        if mean is not None:
+            own = mean * shares * setting.scale
+            comparisons.append(("T of the mean loss", own, norms[name] * (shares > 0), allowed))
         for what, got, want, most in comparisons:
             error = float(np.abs(np.subtract(got, want)).max())
             outcome.error = max(outcome.error, error / scale)
             if not error <= most:
                 return f"{what} of {name} is off by {error / scale:.1e}"
-        if not np.allclose(mean, stats.T[p] * inverse, rtol=1e-6):
+        if mean is not None and not np.allclose(
+            mean * setting.scale, stats.T[p] * inverse, rtol=1e-6
+        ):
             return f"T of the mean loss of {name} has another scale"
     return ""
 

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,7 +23,14 @@ from tests.zoo import Case
 Inputs = dict[str, Tensor]
 
 # Relative, as in test_probe_exact. A gradient that is itself bfloat16 has 8 bits.
-FP32, BF16 = 1e-4, 2.0**-8
+FP32, BF16, FP16 = 1e-4, 2.0**-8, 2.0**-11
+
+NO_HEADS = {"convnext"}
+BALANCED = (
+    "output_router_logits=True: experts are to be used alike. Each contribution is compared with "
+    "the example's part of the batch's loss, where the share of tokens of each expert is held at "
+    "what all examples decided; the probe has to name that, and to refuse example_mean"
+)
 
 
 @dataclass
@@ -42,6 +50,11 @@ class Setting:
     tolerance: float = FP32
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     unrounded: Setting | None = None
+    accumulated: bool = False  # a backward pass for each forward pass
+    scale: float = 1.0  # what each loss is multiplied by before its backward pass
+    # Examples meet in the loss, so that of one alone is another. From an example's output: what
+    # its share of the loss of the batch lacks, if what all decided together is held fixed.
+    lacks: Callable[[Any, float], Tensor] | None = None
 
 
 Prepare = Callable[[Case], Setting | None]
@@ -88,6 +101,24 @@ def plain(case: Case) -> Setting:
 @scenario("data", "row blocks", "the same, with the norm of each row of each parameter")
 def row_blocks(case: Case) -> Setting:
     return rows(case.make(), case.batch(3, 1), blocks="row")
+
+
+@scenario("data", "column blocks", "the same, of each column")
+def column_blocks(case: Case) -> Setting:
+    return rows(case.make(), case.batch(3, 1), blocks="column")
+
+
+@scenario("data", "head blocks", "the same, of each attention head")
+def head_blocks(case: Case) -> Setting | None:
+    model = case.make()
+    if case.family == "ssm" or case.name in NO_HEADS:
+        return None
+    return rows(model, case.batch(3, 1), blocks="head")
+
+
+@scenario("data", "expert blocks", "the same, of each expert")
+def expert_blocks(case: Case) -> Setting | None:
+    return rows(case.make(), case.batch(3, 1), blocks="expert") if case.family == "moe" else None
 
 
 @scenario("data", "one example", "a batch of one")
@@ -149,7 +180,9 @@ def two_forwards(case: Case) -> Setting:
     return rows(case.make(), case.batch(3, 1), case.batch(2, 2))
 
 
-def _packed(case: Case, lengths: Sequence[Sequence[int]]) -> Setting | None:
+def _packed(
+    case: Case, lengths: Sequence[Sequence[int]], offsets: bool = False
+) -> Setting | None:
     """Several examples in each row, as transformers' DataCollatorWithFlattening lays them out:
     positions start again, the first label of each is -100, and there is no attention mask."""
     model = case.make()
@@ -167,13 +200,23 @@ def _packed(case: Case, lengths: Sequence[Sequence[int]]) -> Setting | None:
             examples.append({"input_ids": ids, "position_ids": places, "labels": labels})
         packed.append({k: torch.cat([e[k] for e in examples], 1) for k in examples[0]})
         alone += examples
-    batch = {k: torch.cat([row[k] for row in packed]) for k in packed[0]}
+    batch: dict[str, Any] = {k: torch.cat([row[k] for row in packed]) for k in packed[0]}
+    if offsets:
+        ends = torch.tensor([0, *lengths[0]]).cumsum(0, dtype=torch.int32)
+        longest = max(lengths[0])
+        batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        batch |= {"max_length_q": longest, "max_length_k": longest}
     return Setting(model, [batch], [alone])
 
 
 @scenario("data", "packed", "all examples in one row, told apart by position_ids that start again")
 def packed(case: Case) -> Setting | None:
     return _packed(case, [(9, 7, 4)])
+
+
+@scenario("data", "cu_seq_lens", "the same, with the offsets that flattening collators give")
+def offsets(case: Case) -> Setting | None:
+    return _packed(case, [(9, 7, 4)], offsets=True)
 
 
 @scenario("data", "packed rows", "two such rows of the same length")
@@ -240,11 +283,66 @@ def bfloat16(case: Case) -> Setting:
     return rows(model, batch, tolerance=BF16, unrounded=unrounded)
 
 
+@scenario("training", "accumulation", "two backward passes, each after its own forward pass")
+def accumulation(case: Case) -> Setting:
+    return rows(case.make(), case.batch(3, 1), case.batch(2, 2), accumulated=True)
+
+
+@scenario("training", "GradScaler", "torch.autocast to float16, the loss scaled by 1024")
+def grad_scaler(case: Case) -> Setting:
+    def context() -> torch.autocast:
+        return torch.autocast("cpu", torch.float16)
+
+    unrounded = plain(case)
+    unrounded.scale = scale = torch.amp.GradScaler("cpu", init_scale=1024.0).get_scale()
+    return rows(
+        case.make(), *unrounded.passes, tolerance=FP16, context=context, unrounded=unrounded,
+        scale=scale,
+    )  # fmt: skip
+
+
+@scenario("training", "router loss", BALANCED)
+def router_loss(case: Case) -> Setting | None:
+    if case.family != "moe":
+        return None
+    model, batch = case.make(), {**case.batch(3, 1), "output_router_logits": True}
+    coefficient = model.router_aux_loss_coef = 0.1
+    experts, chosen = model.num_experts, model.num_experts_per_tok
+
+    def probabilities(out: Any) -> Tensor:
+        return torch.stack([logits.float().softmax(-1) for logits in out.router_logits])
+
+    with torch.no_grad():
+        p = probabilities(model(**batch))  # [layers, tokens, experts]
+    tokens = p.shape[0] * p.shape[1]
+    used = nn.functional.one_hot(p.topk(chosen, -1).indices, experts).sum((0, 1, 2)) / tokens
+
+    def lacks(out: Any, share: float) -> Tensor:
+        """Its part of the batch's balancing loss, in the place of the one that it has alone."""
+        part = experts * (used * probabilities(out).sum((0, 1)) / tokens).sum()
+        return coefficient * (part - share * out.aux_loss)
+
+    alone = [{**one_example(case.batch(3, 1), j), "output_router_logits": True} for j in range(3)]
+    return Setting(model, [batch], [alone], lacks=lacks)
+
+
 @scenario("training", "LoRA", "peft adapters on all linear layers, the rest frozen")
 def lora(case: Case) -> Setting:
-    # peft refuses the layers of a state space model that its fused kernels read directly
-    layers = ["in_proj"] if case.family == "ssm" else "all-linear"
-    model = get_peft_model(case.make(), LoraConfig(r=2, target_modules=layers))
+    return _adapted(case)
+
+
+@scenario("training", "DoRA", "the same with use_dora=True; of experts, on attention alone")
+def dora(case: Case) -> Setting:
+    return _adapted(case, use_dora=True)
+
+
+def _adapted(case: Case, **options: bool) -> Setting:
+    layers: str | list[str] = "all-linear"
+    if case.family == "ssm":  # peft refuses layers that its fused kernels read directly
+        layers = ["in_proj"]
+    elif options and case.family == "moe":  # no DoRA on parameters of three dimensions
+        layers = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(case.make(), LoraConfig(r=2, target_modules=layers, **options))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -2,7 +2,7 @@
 
 Everything is built from a configuration, so nothing is downloaded. Dropout is off, and so is every
 loss that mixes examples (a router's auxiliary loss), because the reference of the coverage
-matrix is each example alone.
+matrix is each example alone; the scenario "router loss" turns it on.
 """
 
 from __future__ import annotations
