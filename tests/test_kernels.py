@@ -132,6 +132,38 @@ def test_pairs_in_halves_and_whole(lengths, half, monkeypatch):
     torch.testing.assert_close(sq.double(), want[0], rtol=1e-5, atol=0)
 
 
+def test_first_tokens_do_not_pass_for_all(monkeypatch):
+    """A query's gradient is zero at each example's first token: no sample is of these alone."""
+    counted = []
+    real = cpu._zero_rows
+    monkeypatch.setattr(cpu, "_zero_rows", lambda m: counted.append(len(m)) or real(m))
+    for tokens in (32, 64, 128, 256):
+        left, right = torch.randn(2048, 8), torch.randn(2048, 4)
+        left[::tokens] = 0
+        bounds = list(range(0, 2049, tokens))
+        assert cpu.without_zero_rows(left, right, bounds)[0] is left
+        assert not counted
+        left.view(-1, tokens, 8)[:, tokens // 2 :] = 0  # labels in the first half alone
+        assert len(cpu.without_zero_rows(left, right, bounds)[0]) <= 1024
+        counted.clear()
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("lengths", [[8] * 4, [9, 5, 8, 10]])
+def test_factors_that_are_parts_of_others(gram, lengths, monkeypatch):
+    """Views with an offset and strides of their own, as fused projections' gradients are."""
+    monkeypatch.setattr(cpu, "prefer_gram", lambda *a: gram)
+    monkeypatch.setattr(cpu, "GRAM_HALF", 2)
+    torch.manual_seed(0)
+    left = torch.randn(sum(lengths) + 3, 40)[3:, 5:29]
+    right = torch.randn(16, 2 * sum(lengths))[:, 1::2].T
+    offsets = offsets_of(lengths)
+    grad, sq, _ = cpu.cross_influence(left, right, offsets, 24, 16, None, True)
+    want_grad, want, _ = reference.cross_influence(left, right, offsets, 24, 16)
+    torch.testing.assert_close(grad.double(), want_grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sq.double(), want, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_no_damage_is_left_out_with_rows_of_zeros(bad):
     """Zero times infinity is NaN: what the whole product shows must show here too."""

@@ -50,6 +50,7 @@ GRAM_HALF = 32
 # Rows looked at to see whether many are zero, first one number of each, then, if many are, some
 # more; and the share of them that makes it worth a count.
 ZERO_SAMPLE = 32
+ZERO_DRIFT = 0.95  # of the rows between two that are looked at: see _zero_share
 ZERO_WIDTH = 64
 ZERO_SHARE = 0.25
 # The Gram form works on groups of examples with at most this many token pairs at once.
@@ -92,7 +93,7 @@ def cross_influence(
     longest = max((b - a for a, b in pairwise(bounds)), default=0)
     if whole and directions is None and prefer_gram(rows, cols, longest, want_grad):
         grad = left.T @ right if want_grad else left.new_empty(0)
-        return grad, gram_norms(left, right, bounds).unsqueeze(0), left.new_zeros(0, n)
+        return grad, gram_norms(left, right, bounds).unsqueeze(0), left.new_empty(0, n)
     return _fused(left, right, bounds, block_rows, block_cols, directions, want_grad)
 
 
@@ -129,8 +130,13 @@ def without_zero_rows(
 
 
 def _zero_share(matrix: Tensor) -> float:
-    """Share of zero rows among some of them, as far as one can see from their first numbers."""
-    step = len(matrix) // ZERO_SAMPLE
+    """Share of zero rows among some of them, as far as one can see from their first numbers.
+
+    Examples have often as many tokens as lie between two rows that are looked at, or half as many,
+    and then all of these would be first tokens, for which a query's gradient is always zero: so
+    an odd step, a little shorter, that drifts through the examples.
+    """
+    step = int(len(matrix) // ZERO_SAMPLE * ZERO_DRIFT) | 1
     if matrix.shape[1]:
         firsts = matrix.as_strided((-(-len(matrix) // step),), (step * matrix.stride(0),)).tolist()
         if firsts.count(0.0) < ZERO_SHARE * len(firsts):
@@ -185,7 +191,7 @@ def _gram(left: Tensor, right: Tensor, length: int) -> tuple[list[float], list[f
     products = _pairs(left, length).mul_(inputs)
     sums = products.new_empty(2, len(products))
     torch.sum(products, 1, out=sums[0])
-    torch.linalg.vector_norm(products, 1, dim=1, out=sums[1])
+    torch.sum(products.abs_(), 1, out=sums[1])  # PyTorch's 1-norm is not vectorised
     total, size = sums.tolist()
     if len(total) == n:
         return total, size
@@ -210,11 +216,17 @@ def _pairs(matrix: Tensor, length: int) -> Tensor:
     if length % 2 or half < GRAM_HALF:
         x = matrix.view(n, length, -1) if length else matrix[None]
         return torch.bmm(x, x.transpose(1, 2)).view(len(x), -1)
-    x = matrix.unflatten(0, (n, length))
+    row, col = matrix.stride()
+    start, strides = matrix.storage_offset(), (length * row, row, col)
+    x = matrix.as_strided((n, length, matrix.shape[1]), strides, start)
+    first = matrix.as_strided((n, half, matrix.shape[1]), strides, start)
+    second = matrix.as_strided((n, half, matrix.shape[1]), strides, start + half * row)
     pairs = matrix.new_empty(3 * n, half * half)
-    first, second = x[:, :half], x[:, half:]
-    torch.bmm(x, first.transpose(1, 2), out=pairs[: 2 * n].view(n, length, half))
-    torch.bmm(second, second.transpose(1, 2), out=pairs[2 * n :].view(n, half, half))
+    square = half * half
+    with_first = pairs.as_strided((n, length, half), (2 * square, half, 1))
+    within_second = pairs.as_strided((n, half, half), (square, half, 1), 2 * n * square)
+    torch.bmm(x, first.transpose(1, 2), out=with_first)
+    torch.bmm(second, second.transpose(1, 2), out=within_second)
     return pairs
 
 
