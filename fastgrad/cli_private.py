@@ -58,11 +58,11 @@ _PASSES = ("checking", "measuring", "adding up")
 class _Batches:
     """Batches that are read several times, each time with a progress bar."""
 
-    def __init__(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-        self._batches, self._passes = batches, iter(_PASSES)
+    def __init__(self, batches: Sequence[dict[str, torch.Tensor]], quiet: bool) -> None:
+        self._batches, self._passes, self._quiet = batches, iter(_PASSES), quiet
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        yield from track(self._batches, next(self._passes, "reading"))
+        yield from track(self._batches, next(self._passes, "reading"), quiet=self._quiet)
 
 
 def alone(example: Example, kind: Kind, tokenizer: Any, seed: int) -> Example:
@@ -197,7 +197,7 @@ def private(
     norms = _release(
         model, [alone(e, kind, tokenizer, seed or 0) for e in sample.examples], tokenizer, rows,
         clip=clip, n=len(sample.examples) if n is None else n, delta=delta, epsilon=epsilon,
-        noise_multiplier=noise_multiplier, adjacency=adjacency,
+        noise_multiplier=noise_multiplier, adjacency=adjacency, quiet=as_json,
     )  # fmt: skip
     blueprint = norms.blueprint(
         domain or [], name_or_path=name, revision=revision, datasets=dataset or (),
@@ -222,7 +222,14 @@ def _without(data: str, argv: Sequence[str]) -> str:
 
 
 def _release(
-    model: str, examples: Sequence[Example], tokenizer: Any, rows: int, *, n: int, **settings: Any
+    model: str,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    rows: int,
+    *,
+    n: int,
+    quiet: bool,
+    **settings: Any,
 ) -> PrivateNorms:
     import torch
 
@@ -233,7 +240,7 @@ def _release(
     batches = _Batches([
         batch_of(examples[start : start + rows], "decoder", tokenizer, torch.Generator())
         for start in range(0, len(examples), rows)
-    ])  # fmt: skip
+    ], quiet)  # fmt: skip
     net = load_model(model)
     stored = weights_hash(net)
     # Rounding to 16 bits would change sums by more than one example may.
