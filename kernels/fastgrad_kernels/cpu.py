@@ -167,15 +167,18 @@ def gram_norms(left: Tensor, right: Tensor, bounds: Sequence[int]) -> Tensor:
         if length == 0:
             return left.new_zeros(n)
         step = max(1, GRAM_PAIR_LIMIT // (length * length))
-        parts = []
-        for s in range(0, n, step):
-            rows = slice(bounds[s], bounds[min(s + step, n)])
-            parts.append(_gram(left[rows], right[rows], length))
+        ends = [*bounds[:n:step], bounds[n]]
     else:
-        parts = [_gram(left[s:e], right[s:e], e - s) for s, e in pairwise(bounds)]
+        ends = bounds
     # The rest is a few numbers per example: Python's own are the quickest.
-    sq = [total for totals, _ in parts for total in totals]
-    sizes = (size for _, part in parts for size in part)
+    sq: list[float] = []
+    sizes: list[float] = []
+    for s, e in pairwise(ends):
+        every = e - s == len(left)
+        a, b = (left, right) if every else (left[s:e], right[s:e])
+        totals, magnitudes = _gram(a, b, length if length is not None else e - s)
+        sq += totals
+        sizes += magnitudes
     for j, size in enumerate(sizes):
         if sq[j] < CANCELLED * size:
             s, e = bounds[j], bounds[j + 1]
