@@ -169,7 +169,7 @@ def gram_norms(left: Tensor, right: Tensor, bounds: Sequence[int]) -> Tensor:
         step = max(1, GRAM_PAIR_LIMIT // (length * length))
         ends = [*bounds[:n:step], bounds[n]]
     else:
-        ends = bounds
+        ends = list(bounds)
     # The rest is a few numbers per example: Python's own are the quickest.
     sq: list[float] = []
     sizes: list[float] = []
