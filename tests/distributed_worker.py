@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -500,16 +501,24 @@ class Smuggled(nn.Module):
 
 @scenario
 def self_check() -> dict[str, Any]:
-    """What the taps miss is named, from what each process sees by itself."""
+    """What the taps miss is named, from what each process sees by itself; also where no look into
+    the autograd graph finds the function."""
     torch.manual_seed(0)
     model, found = Smuggled(), {}
     for kind, wrapped in (("ddp", ddp(model)), ("fsdp", fully_shard(copy.deepcopy(model)))):
-        with fg.Probe(wrapped) as probe:
-            wrapped(torch.randn(3, 6)).square().mean().backward()
-        stats = fg.gather(probe.stats())
-        missing = {n: c.reason for n, c in stats.coverage.items() if c.status == "missing"}
-        found[kind] = missing
-        found[f"{kind} norm"] = 0.0 if stats.grad_norm[stats.index("lin.weight")] > 0 else 1.0
+        for looked in (True, False):
+            with contextlib.ExitStack() as stack:
+                for place in () if looked else ("taps", "probe"):
+                    stack.enter_context(
+                        mock.patch(f"fastgrad.{place}.refuse_unannounced", return_value=None)
+                    )
+                with fg.Probe(wrapped) as probe:
+                    wrapped(torch.randn(3, 6)).square().mean().backward()
+            stats = fg.gather(probe.stats())
+            missing = {n: c.reason for n, c in stats.coverage.items() if c.status == "missing"}
+            found[kind if looked else f"{kind} unseen"] = missing
+            norm = stats.grad_norm[stats.index("lin.weight")]
+            found[f"{kind} norm {looked}"] = 0.0 if norm > 0 else 1.0
     return found
 
 
