@@ -18,7 +18,8 @@ from fastgrad.blueprint_schema import (
     Measured,
 )
 from fastgrad.errors import BlueprintError
-from fastgrad.staleness import MIN_SUBMODULES, MIN_UNITS, Staleness
+from fastgrad.rank_agreement import MIN_SUBMODULES
+from fastgrad.staleness import MIN_UNITS, Staleness
 from fastgrad.stats import GradientStats
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastgrad.blueprint_schema import BlueprintFile, Fits, KStarEntry, Lorenz, Submodule
+from fastgrad.blueprint_schema import BlueprintFile, Fits, KStarEntry, Lorenz, Measured, Submodule
 from fastgrad.printable import printable
-from fastgrad.release_noise import above_noise, is_noised
+from fastgrad.release_noise import above_noise, in_noise, is_noised
 from fastgrad.resources import OVER_AGGRESSIVE_SHARE
 
 
@@ -86,20 +86,7 @@ def _lines(file: BlueprintFile) -> list[str]:
     return [*lines, "", *_highest(file)]
 
 
-def in_noise(file: BlueprintFile) -> str:
-    """How many of the norms of a private release say something."""
-    above = above_noise(file)
-    if above is None:
-        return (
-            "how many of the norms are above the noise is not released: the order may be that of "
-            "noise"
-        )
-    count = sum(above.values())
-    rest = "" if count == len(above) else "; the others' rms and place are mostly noise"
-    return f"{count} of {len(above)} norms above twice the noise{rest}"
-
-
-def by_rms(file: BlueprintFile) -> list[tuple[Submodule, bool]]:
+def by_rms(file: Measured) -> list[tuple[Submodule, bool]]:
     """Submodules by rms, the highest first, and whether each is in the noise of a private release:
     its rms, and so its place, is then mostly noise."""
     above = above_noise(file) or {}

@@ -17,7 +17,7 @@ from fastgrad.errors import SelectionError
 from fastgrad.filling import Filling
 from fastgrad.granularity import HEAD, Blocks, check_blocks, resolve
 from fastgrad.ranking import CONTROLS, MEASURED, SUMS, Ranked, block_scores
-from fastgrad.release_noise import above_noise, is_noised
+from fastgrad.release_noise import above_noise, in_noise, is_noised
 from fastgrad.selection import Selection
 from fastgrad.spread import Shares, plan_spread
 from fastgrad.stats import GradientStats
@@ -171,7 +171,7 @@ def select(
     if digest is None and hash_weights and model is not None:
         digest = _hash_of_weights(model)
     chosen = made(filling)
-    if release is not None and (said := _in_noise(release, chosen.names)):
+    if release is not None and (said := _in_noise(source, chosen.names)):
         meta["note"] = "; ".join(filter(None, [meta["note"], said]))
         warnings.warn(said, stacklevel=2)
         chosen = made(filling)
@@ -196,20 +196,15 @@ def _release_noise(
     }
 
 
-def _in_noise(release: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """What to say of a choice by such a ranking; nothing where all norms are above the noise."""
-    if release["not_above"] is None:
-        return (
-            f"the blueprint is a private release of the order of {release['n']} noised norms and "
-            "does not say how many of them are above the noise: the order may be that of noise"
-        )
-    if not release["not_above"]:
+def _in_noise(source: Any, names: Sequence[str]) -> str | None:
+    """What to say of a choice by a private release; nothing where all norms are above the noise."""
+    above = above_noise(source.file)
+    said = f"the blueprint is a private release: {in_noise(source.file)}"
+    if above is None:
+        return said
+    if all(above.values()):
         return None
-    said = (
-        f"the blueprint is a private release with {release['n_above']} of {release['n']} norms "
-        "above twice its noise, and the place of the others in the ranking is mostly noise"
-    )
-    lost = [n for n in names if n in set(release["not_above"])]
+    lost = [n for n in names if not above.get(n, True)]
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     return said + (f"; of those chosen {', '.join(lost[:3])}{more}" if lost else "; none is chosen")
 

@@ -2,7 +2,7 @@
 
 When a process ends, Python takes apart all modules and objects that are left, one after the other,
 before the operating system takes back the memory anyway. After an import of torch and transformers
-that is a twentieth of a short command's time.
+a short command would wait for that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a dispatch mode is asked and has nothing to say to.
 
 Every ``tensor.device`` of a fake tensor, from Python and from PyTorch's own code alike, passes
-through all modes that are active: two thirds of what a mode sees of a training step. No tensor
+through all modes that are active, and is most of what a mode sees of a training step. No tensor
 comes out of it, so a mode that follows tensors hands the question to the tensor's class at once,
 which is where it ends up in any case.
 """

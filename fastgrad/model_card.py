@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrad.blueprint_schema import FILE_NAME
-from fastgrad.blueprint_text import by_rms, in_noise, kept
+from fastgrad.blueprint_text import by_rms, kept
 from fastgrad.errors import BlueprintError, MissingExtraError
 from fastgrad.files import atomic_path
 from fastgrad.printable import printable, printable_lines
-from fastgrad.release_noise import is_noised
+from fastgrad.release_noise import in_noise, is_noised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -380,7 +380,7 @@ def _domains(blueprint: Blueprint) -> list[str]:
              "|:--|--:|--:|:--|"]  # fmt: skip
     for one in (blueprint.file, *blueprint.file.domains):
         tokens = one.data.n_label_tokens
-        known = sorted((s for s in one.submodules if s.rms), key=lambda s: -(s.rms or 0.0))
+        known = [s for s, _ in by_rms(one) if s.rms]
         lines.append(
             f"| {_plain(', '.join(one.domain_tags)) or 'no tag'} | {one.data.n_examples:,} | "
             f"{'unknown' if tokens is None else format(tokens, ',')} | "

@@ -18,8 +18,9 @@ from fastgrad.plots_base import (
     far_below,
     matplotlib_module,
 )
+from fastgrad.rank_agreement import TOP
 from fastgrad.release_noise import above_noise
-from fastgrad.staleness import TOP, Staleness
+from fastgrad.staleness import Staleness
 from fastgrad.stats import GradientStats
 
 if TYPE_CHECKING:

@@ -102,6 +102,19 @@ def above_noise(file: Measured) -> dict[str, bool] | None:
     return None if norms is None else {n: v > ABOVE * std for n, v in norms.items()}
 
 
+def in_noise(file: Measured) -> str:
+    """How many of the norms of a private release say something."""
+    above = above_noise(file)
+    if above is None:
+        return (
+            "how many of the norms are above the noise is not released: the order may be that of "
+            "noise"
+        )
+    count = sum(above.values())
+    rest = "" if count == len(above) else "; the others' rms and place are mostly noise"
+    return f"{count} of {len(above)} norms above twice the noise{rest}"
+
+
 def effect(
     file: Measured, names: Sequence[str], truth: Array, numel: Array, seed: int = 0
 ) -> ReleaseNoise | None:

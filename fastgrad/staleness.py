@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from fastgrad.rank_agreement import (
     MIN_RELIABILITY,
     MIN_SUBMODULES,
-    TOP,
     Agreement,
     agreement,
 )
@@ -28,8 +27,6 @@ from fastgrad.stats import GradientStats
 
 if TYPE_CHECKING:
     from fastgrad.blueprint import Blueprint
-
-__all__ = ["MIN_RELIABILITY", "MIN_SUBMODULES", "TOP", "Agreement", "agreement"]
 
 Array = NDArray[np.float64]
 Verdict = Literal["fresh", "drifted", "different model", "sample too small"]

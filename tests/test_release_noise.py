@@ -14,7 +14,6 @@ import pytest
 import fastgrad as fg
 import staleness_power
 from fastgrad import cli, privacy, release_noise
-from fastgrad.blueprint_text import in_noise
 from fastgrad.model_card import updated_card
 from fastgrad.rank_agreement import agreement
 
@@ -238,8 +237,8 @@ def test_show_and_card_mark_what_is_in_the_noise():
         assert "noise)" not in text
         assert "in the noise" not in text
     coarse = release(spread(), 1.0, coarse="ranks")
-    assert "is not released" in in_noise(coarse.file)
-    assert in_noise(coarse.file) in coarse.summary()
+    assert "is not released" in release_noise.in_noise(coarse.file)
+    assert release_noise.in_noise(coarse.file) in coarse.summary()
 
 
 def test_select_says_what_it_took_from_the_noise(tmp_path):
