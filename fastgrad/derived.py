@@ -60,9 +60,10 @@ def masked(ids: Tensor, gradients: Tensor, root: Root) -> Tensor:
     return gradients.masked_fill((ids == root.padding).unsqueeze(1), 0)
 
 
-def may_have_roots(tensor: Tensor, batch: Batch) -> bool:
+def may_have_roots(tensors: Sequence[Tensor], batch: Batch) -> bool:
     """False for nearly all tensors, at little cost: they are no parameters and made of none."""
-    return id(tensor) in batch.targets or hasattr(tensor, _MADE)
+    targets = batch.targets
+    return any([id(tensor) in targets or hasattr(tensor, _MADE) for tensor in tensors])
 
 
 def roots_of(tensor: Tensor, batch: Batch) -> tuple[Root, ...]:
@@ -260,6 +261,8 @@ class Sink(NamedTuple):
         """Gradient ``leftᵀ right`` of a matrix; rows as the activation has them."""
         if self.direct or self.region is not None:
             record = self.roots[0].record
+            if rows.in_order and not self.flipped:  # nearly always
+                return record.add_product(left, right, rows, dtype, self.region)
             return into_record(record, left, right, rows, dtype, self.region, self.flipped)
         a, b = wide(rows.ordered(left)), wide(rows.ordered(right))
         if rows.per_example is not None:

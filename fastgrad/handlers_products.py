@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgrad import handlers_contractions as contractions
 from fastgrad.derived import Sink, beyond, expanded_size, roots_of
 from fastgrad.handlers_common import cast, constant, example_rows, ownership, refuse, sinks_of
+from fastgrad.ownership import mark, marked
 from fastgrad.records import Batch
 from fastgrad.regions import region_of
 from fastgrad.rows import Rows
@@ -38,11 +39,17 @@ def product(batch: Batch, x: Tensor, weight: Tensor, bias: Tensor | None, transp
         sinks[0].expect_product(weight)
     if sinks[1] is not None and bias is not None:
         sinks[1].expect_dense(bias)
+    found = marked(x, batch.index)
     if not torch.is_autocast_enabled(x.device.type):
-        return LinearTap.apply(x, weight, bias, transposed, rows, *sinks)
-    x, weight, bias = cast(x, weight, bias)
-    with torch.autocast(x.device.type, enabled=False):
-        return LinearTap.apply(x, weight, bias, transposed, rows, *sinks)
+        out = LinearTap.apply(x, weight, bias, transposed, rows, *sinks)
+    else:
+        x, weight, bias = cast(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            out = LinearTap.apply(x, weight, bias, transposed, rows, *sinks)
+    known = all(s is None or s.direct for s in sinks) and sinks[0] is not None
+    if known and found is not None and found.plain and found.dim < x.ndim - 1:
+        mark(out, batch.index, found)  # its rows are those of x: nothing has to be found out
+    return out
 
 
 def linear(

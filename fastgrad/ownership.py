@@ -53,6 +53,11 @@ class Mark(NamedTuple):
         return self.dim == _MANY
 
     @property
+    def plain(self) -> bool:
+        """Uniform, and nothing else is known."""
+        return self.dim >= 0 and self is stamped(self.dim, self.batch)
+
+    @property
     def owned(self) -> bool:
         return self.dim >= 0 or self.owner is not None
 
@@ -98,6 +103,16 @@ def marked(tensor: Tensor, batch: int) -> Mark | None:
     """What is known of a tensor; None if nothing is."""
     found = getattr(tensor, "_fastgrad_examples", None)
     return found if type(found) is Mark and found.batch == batch else None
+
+
+def marks(tensors: Iterable[Tensor], batch: int) -> list[tuple[Tensor, Mark]]:
+    """What :func:`marked` knows of each, for those of which it knows something."""
+    known = []
+    for tensor in tensors:
+        found = getattr(tensor, "_fastgrad_examples", None)
+        if type(found) is Mark and found.batch == batch:
+            known.append((tensor, found))
+    return known
 
 
 def foreign(tensor: Tensor, batch: int) -> Mark | None:

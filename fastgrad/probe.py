@@ -482,18 +482,17 @@ class Probe:
                 grad = grad.to_dense()
             earlier = self._pass.get(target.name)
             sq = squared_blocks(grad, grid)
-            entries = bare(grad).reshape(-1)
             record = self._record(target.name)
             checked = record is not None and target.self_check
             picked = (
-                entries.index_select(0, record.sample())
+                bare(grad).take(record.sample())
                 if record is not None and checked
                 else sq[:0]
             )
             narrow = grad.dtype in (torch.bfloat16, torch.float16)
             dots = None
             if target.directions is not None and self._one_example():
-                dots = target.directions.flatten(1) @ entries.float()
+                dots = target.directions.flatten(1) @ bare(grad).reshape(-1).float()
             aligned = None
             if self.per_example and target.directions is not None and not grid.is_whole:
                 aligned = aligned_blocks(grad, target.directions, grid)
@@ -510,7 +509,7 @@ class Probe:
 
     def _record(self, name: str) -> ParamRecord | None:
         for batch in self._firing:
-            record = batch.records.get(name)
+            record = batch.record(name)
             if record is not None and record.uses:
                 return record
         return None

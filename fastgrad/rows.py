@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -31,28 +32,38 @@ class Rows:
         n_examples: number of examples; those without a row count too.
         per_example: rows of each example if all have equally many and they lie one example after
             the other; else None.
-        offsets: int64 ``[n_examples + 1]`` on the host: example j owns the rows
-            ``offsets[j]:offsets[j + 1]`` of a matrix in example order, see :meth:`ordered`.
+        bounds: ``n_examples + 1`` numbers: example j owns the rows ``bounds[j]:bounds[j + 1]`` of a
+            matrix in example order, see :meth:`ordered`.
         order: int64, the rows in example order; None if they lie so already.
         rest: int64, rows that no example owns (padding of packed rows); None if there are none.
     """
 
-    __slots__ = ("n_examples", "offsets", "order", "per_example", "rest")
+    __slots__ = ("_offsets", "bounds", "n_examples", "order", "per_example", "rest")
 
     def __init__(
         self,
         n_examples: int,
-        offsets: Tensor,
+        bounds: list[int],
         per_example: int | None,
+        offsets: Tensor | None = None,
         order: Tensor | None = None,
         rest: Tensor | None = None,
     ) -> None:
-        self.n_examples, self.offsets = n_examples, offsets
+        self.n_examples, self.bounds, self._offsets = n_examples, bounds, offsets
         self.per_example, self.order, self.rest = per_example, order, rest
 
-    @classmethod
-    def uniform(cls, n_examples: int, per_example: int) -> Rows:
-        return cls(n_examples, _uniform_offsets(n_examples, per_example), per_example)
+    @staticmethod
+    @lru_cache(maxsize=256)  # every layer of a model asks for the same
+    def uniform(n_examples: int, per_example: int) -> Rows:
+        bounds = [per_example * j for j in range(n_examples + 1)]
+        return Rows(n_examples, bounds, per_example)
+
+    @property
+    def offsets(self) -> Tensor:
+        """``bounds`` as int64 on the host."""
+        if self._offsets is None:  # uniform; not kept here: it may be a fake mode's
+            return _uniform_offsets(self.n_examples, self.bounds[-1] // max(self.n_examples, 1))
+        return self._offsets
 
     @classmethod
     def of(cls, owner: Tensor, n_examples: int) -> Rows:
@@ -67,7 +78,13 @@ class Rows:
             order = upload(torch.sort(host, stable=True).indices, owner.device)
             rest, order = (order[:nobody] if nobody else None), order[nobody:]
         even = order is None and n_examples > 0 and bool((counts == counts[0]).all())
-        return cls(n_examples, offsets, int(counts[0]) if even else None, order, rest)
+        length = int(counts[0]) if even else None
+        return cls(n_examples, offsets.tolist(), length, offsets, order, rest)
+
+    @property
+    def in_order(self) -> bool:
+        """All rows lie in example order already."""
+        return self.order is None and self.rest is None
 
     def ordered(self, matrix: Tensor) -> Tensor:
         """The matrix with its rows in example order."""
@@ -75,7 +92,7 @@ class Rows:
 
     def parts(self) -> Iterator[slice]:
         """The rows of each example in example order."""
-        return (slice(a, b) for a, b in pairwise(self.offsets.tolist()))
+        return (slice(a, b) for a, b in pairwise(self.bounds))
 
     def sums(self, matrix: Tensor) -> Tensor:
         """Sum of each example's rows of ``[rows, *shape]``, accumulated in :func:`wide_dtype`:

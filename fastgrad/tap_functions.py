@@ -49,22 +49,27 @@ class LinearTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        # Few operators and no composite ones: their code has left the cache after each product.
         x, weight = ctx.saved_tensors
         rows: Rows = ctx.rows
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_out @ (weight.T if ctx.transposed else weight).conj()
         x2, g2 = _matrix(x.conj() if x.is_complex() else x), _matrix(grad_out)
+        if ctx.needs_input_grad[0]:
+            factor = weight.t() if ctx.transposed else weight
+            factor = factor.conj() if factor.is_complex() else factor
+            grad_x = torch.mm(g2, factor).view(x.shape)
         left, right = (x2, g2) if ctx.transposed else (g2, x2)
-        weight_sink, bias_sink = _measuring(ctx.sinks)
+        traced = torch.is_grad_enabled()
+        weight_sink, bias_sink = _measuring(ctx.sinks) if traced else ctx.sinks
         if ctx.needs_input_grad[1]:
             if weight_sink is None:
                 grad_weight = left.T @ right
             else:
                 grad_weight = weight_sink.product(left, right, rows, ctx.weight_dtype)
-            grad_weight = grad_weight.to(ctx.weight_dtype)
+            if grad_weight.dtype != ctx.weight_dtype:
+                grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = g2.sum(0) if torch.is_grad_enabled() else _bias(bias_sink, g2, rows)
+            grad_bias = g2.sum(0) if traced else _bias(bias_sink, g2, rows)
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
@@ -72,6 +77,8 @@ def _matrix(tensor: Tensor) -> Tensor:
     """``[rows, features]``. Not reshape(-1, ...): without a row that would be ambiguous."""
     if tensor.ndim == 2:
         return tensor
+    if tensor.ndim > 2 and tensor.is_contiguous() and tensor.numel():
+        return tensor.view(-1, tensor.shape[-1])
     return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor[None]
 
 

@@ -69,10 +69,12 @@ class TapMode(TorchFunctionMode):
             batch = batch.meant_by(tensors)
         refuse_unannounced(tensors, batch)
         out = NotImplemented
-        if not any(may_have_roots(t, batch) for t in tensors):
+        if not may_have_roots(tensors, batch):
             out = func(*args, **kwargs)
         elif (handler := HANDLERS.get(func)) is not None:
             out = handler(batch, func, *args, **kwargs)
+            if _is_marked(out, batch.index, tensors):
+                return out
         if out is NotImplemented:
             roots = [(t, r) for t in tensors if (r := roots_of(t, batch))]
             out = _general(batch, func, args, kwargs, roots) if roots else func(*args, **kwargs)
@@ -80,6 +82,12 @@ class TapMode(TorchFunctionMode):
         if how:
             _report(batch.makers(tensors), func, args[0] if out is None and args else out, how)
         return out
+
+
+def _is_marked(out: Any, batch: int, tensors: Sequence[Tensor]) -> bool:
+    """By the handler that made it, which then knows all that there is to know."""
+    known = isinstance(out, Tensor) and marked(out, batch) is not None
+    return known and not any(out is t for t in tensors)
 
 
 def _report(batches: Sequence[Batch], func: Any, out: Any, how: Meeting) -> None:

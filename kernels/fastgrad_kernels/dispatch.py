@@ -24,8 +24,9 @@ class FallbackWarning(UserWarning):
     """An operator that has a Triton kernel runs as blocked PyTorch, for the reason it names."""
 
 
+@cache
 def interpreted() -> bool:
-    """True under ``TRITON_INTERPRET=1``, as Triton itself reads it."""
+    """True under ``TRITON_INTERPRET=1``, as Triton itself reads it: once, when a kernel is made."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 

@@ -51,12 +51,16 @@ def _influence(
     want_grad: bool,
     into: Tensor | None = None,
     grad_dtype: torch.dtype | None = None,
+    bounds: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check, choose and run; the gradient comes in ``grad_dtype`` or is added to ``into``."""
+    """Check, choose and run; the gradient comes in ``grad_dtype`` or is added to ``into``.
+    ``bounds``: what ``offsets`` holds, if that is known and rises from 0."""
     check_factors(left, right)
     check_block(block_rows, block_cols)
-    check_offsets(offsets, left.shape[0])
-    check_directions(directions, left.shape[1], right.shape[1], left.device)
+    if bounds is None or bounds[-1] != left.shape[0]:
+        check_offsets(offsets, left.shape[0])
+    if directions is not None:
+        check_directions(directions, left.shape[1], right.shape[1], left.device)
     if dispatch.takes(left):
         from fastgrad_kernels import cross_influence as fused
 
@@ -65,8 +69,10 @@ def _influence(
                 left, right, offsets, block_rows, block_cols, directions, want_grad,
                 into=into, grad_dtype=grad_dtype,
             )  # fmt: skip
+    if bounds is None:
+        bounds = offsets.tolist()
     grad, sq, dots = cpu.cross_influence(
-        left, right, offsets, block_rows, block_cols, directions, want_grad
+        left, right, bounds, block_rows, block_cols, directions, want_grad
     )
     if into is not None:
         grad = into.add_(grad)
@@ -140,17 +146,19 @@ def influence(
     directions: Tensor | None = None,
     want_grad: bool = True,
     grad_dtype: torch.dtype | None = None,
+    bounds: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`cross_influence` for a backward pass that is not traced itself.
 
     On a CPU and if nobody watches operators (FLOP counters do, and fake tensors) it leaves out
     PyTorch's dispatcher, whose code has left the cache whenever a large product is over.
+    ``bounds`` are the numbers that ``offsets`` holds, for whoever has them.
     """
     args = (left, right, offsets, block_rows, block_cols, directions, want_grad)
     plain = type(left) is type(right) is Tensor and left.is_cpu
     if not plain or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
         return cross_influence(*args, grad_dtype)
-    return _influence("cross_influence", *args, grad_dtype=grad_dtype)
+    return _influence("cross_influence", *args, grad_dtype=grad_dtype, bounds=bounds)
 
 
 @torch.library.custom_op("fastgrad::cross_influence_add_", mutates_args=("grad",))
