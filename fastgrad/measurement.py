@@ -24,9 +24,9 @@ from fastgrad_kernels.layout import bare, block_sums, matrix_view, sum_of_square
 
 def squared_blocks(grad: Tensor, grid: BlockGrid) -> Tensor:
     """``[n_blocks]`` squared sums of a gradient, NaN where it is not finite."""
-    matrix = matrix_view(bare(grad))
     if grid.is_whole and not grad.is_cuda:
-        return sum_of_squares(matrix).view(1)
+        return sum_of_squares(grad).view(1)
+    matrix = matrix_view(bare(grad))
     if matrix.is_complex():
         sums = block_sums(squares(matrix), grid.block_rows, grid.block_cols)
         return torch.where(torch.isfinite(sums), sums, torch.nan)
