@@ -452,6 +452,29 @@ def test_layers_after_examples_have_met_are_covered(first):
     assert probe.stats().meta["mixes_examples"]
 
 
+@pytest.mark.parametrize("probed", ["bias", "weight"])
+def test_a_layer_whose_weight_is_made_of_all_examples_is_reported(probed):
+    """The layer's parameter is the bias alone, or the weight is a parameter times activations."""
+    torch.manual_seed(0)
+
+    class Hyper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.p = nn.Linear(6, 6), nn.Parameter(torch.randn(6))
+
+        def forward(self, x):
+            h = self.lin(x)
+            mean = h.mean((0, 1)) * torch.ones(6, 1)
+            if probed == "bias":
+                return torch.nn.functional.linear(h, mean, self.p)
+            return torch.nn.functional.linear(h, self.p * mean)
+
+    model = Hyper()
+    with fg.Probe(model) as probe:
+        model(torch.randn(4, 3, 6)).square().mean().backward()
+    assert "torch.nn.functional.linear" in probe.stats().meta["mixes_examples"]
+
+
 def test_functions_that_write_elsewhere_are_called_once():
     torch.manual_seed(0)
     lin, buffer = nn.Linear(9, 9), torch.zeros(4, 3, 3)
