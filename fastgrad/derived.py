@@ -261,8 +261,6 @@ class Sink(NamedTuple):
         """Gradient ``leftᵀ right`` of a matrix; rows as the activation has them."""
         if self.direct or self.region is not None:
             record = self.roots[0].record
-            if rows.in_order and not self.flipped:  # nearly always
-                return record.add_product(left, right, rows, dtype, self.region)
             return into_record(record, left, right, rows, dtype, self.region, self.flipped)
         a, b = wide(rows.ordered(left)), wide(rows.ordered(right))
         if rows.per_example is not None:

@@ -54,7 +54,7 @@ class Mark(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Uniform, and nothing else is known."""
+        """Uniform, and nothing else is known: the one object that :func:`stamped` keeps for it."""
         return self.dim >= 0 and self is stamped(self.dim, self.batch)
 
     @property
@@ -103,16 +103,6 @@ def marked(tensor: Tensor, batch: int) -> Mark | None:
     """What is known of a tensor; None if nothing is."""
     found = getattr(tensor, "_fastgrad_examples", None)
     return found if type(found) is Mark and found.batch == batch else None
-
-
-def marks(tensors: Iterable[Tensor], batch: int) -> list[tuple[Tensor, Mark]]:
-    """What :func:`marked` knows of each, for those of which it knows something."""
-    known = []
-    for tensor in tensors:
-        found = getattr(tensor, "_fastgrad_examples", None)
-        if type(found) is Mark and found.batch == batch:
-            known.append((tensor, found))
-    return known
 
 
 def foreign(tensor: Tensor, batch: int) -> Mark | None:

@@ -509,7 +509,7 @@ class Probe:
 
     def _record(self, name: str) -> ParamRecord | None:
         for batch in self._firing:
-            record = batch.record(name)
+            record = batch.records.get(name)
             if record is not None and record.uses:
                 return record
         return None

@@ -30,7 +30,6 @@ from fastgrad.ownership import (
     functions,
     mark,
     marked,
-    marks,
     stamped,
     tensors_in,
 )
@@ -61,7 +60,7 @@ def propagate(
     """
     if tensors is None:
         tensors = tensors_in((*args, *kwargs.values()))
-    known = marks(tensors, batch)
+    known = [(t, m) for t in tensors if (m := marked(t, batch)) is not None]
     if known and func in _SIMPLE and isinstance(out, Tensor):  # nearly all functions
         x, first = known[0]
         same = first.dim >= 0 and out.ndim == x.ndim and out.shape[first.dim] == x.shape[first.dim]
@@ -71,9 +70,7 @@ def propagate(
             same = same and (first.chosen > 0 or not choices.begins(func, known, out))
         elif first.chosen == COUNTED:
             same = False
-        if len(known) > 1:
-            same = same and all(m is first and t.ndim == x.ndim for t, m in known)
-        if same:
+        if same and all(m is first and t.ndim == x.ndim for t, m in known[1:]):
             if marked(out, batch) is None:  # in place, it has the mark of what it was
                 mark(out, batch, first)
             return ""

@@ -12,13 +12,12 @@ circle would keep every graph alive.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NamedTuple
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import numpy as np
 import torch
@@ -125,6 +124,8 @@ class ParamRecord:
 
     def _overlapping(self, region: Region) -> list[Use]:
         """Uses that share elements with ``region``, itself among them."""
+        if len(self.uses) <= 1:
+            return self.uses
         return [u for u in self.uses if not u.region.disjoint(region)]
 
     # -- gradients arriving from the taps ------------------------------------------------
@@ -145,7 +146,7 @@ class ParamRecord:
             return (wide(left).T @ wide(right)).to(dtype or left.dtype)
         self._arrived(left.dtype)
         region = region or self.target.region
-        shared = self._overlapping(region) if len(self.uses) > 1 else self.uses
+        shared = self._overlapping(region)
         crossing = len(shared) > 1
         place = self._place(region)
         by_terms = crossing and self._by_terms(region, shared) and not left.is_complex()
@@ -154,10 +155,11 @@ class ParamRecord:
             grad = (wide(left).T @ wide(right)).to(dtype or left.dtype)
         else:
             block_rows, block_cols, blocks = place
-            influence = _complex_influence if left.is_complex() else ops.influence
+            measure = partial(ops.influence, bounds=rows.bounds)
+            influence = _complex_influence if left.is_complex() else measure
             grad, sq, dots = influence(
                 left, right, rows.offsets, block_rows, block_cols, self._directions(region), True,
-                dtype, rows.bounds,
+                dtype,
             )  # fmt: skip
             if crossing:
                 ids = self._expected_ids if region == self.table else []
@@ -405,10 +407,9 @@ def mismatch(
     ``entries`` are the gradient's values at the records' common sample, ``rms`` its root mean
     square, ``rounded`` says that either went through 16 bits.
     """
-    summed: np.ndarray = sum(sums[1:], sums[0]) if sums else np.zeros_like(entries)
-    difference = summed - entries
-    scale = max(math.sqrt(np.vdot(entries, entries).real), rms * len(entries) ** 0.5)
-    error = math.sqrt(np.vdot(difference, difference).real)
+    summed = np.sum(sums, axis=0) if sums else np.zeros_like(entries)
+    scale = max(float(np.linalg.norm(entries)), rms * len(entries) ** 0.5)
+    error = float(np.linalg.norm(summed - entries))
     return error / scale if scale > 0 and error > (2e-2 if rounded else 1e-3) * scale else None
 
 
@@ -428,7 +429,6 @@ def _complex_influence(
     directions: Tensor | None,
     want_grad: bool,
     dtype: torch.dtype | None,
-    bounds: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`ops.cross_influence` of complex factors, as two products of real ones: of twice as
     many rows, real and imaginary parts in turn."""
@@ -479,8 +479,7 @@ class Batch:
     modules: set[int] = field(default_factory=set)
     given: dict[int, list[Mark | None]] = field(default_factory=dict)
     recomputed: set[int] = field(default_factory=set)
-    # the graph's nodes keep the records (a WeakValueDictionary would cost as much as a record)
-    records: dict[str, ref[ParamRecord]] = field(default_factory=dict)
+    records: WeakValueDictionary[str, ParamRecord] = field(default_factory=WeakValueDictionary)
     arrived: dict[str, ParamRecord] = field(default_factory=dict)
     # earlier forward passes whose backward pass had not come when this one began
     earlier: Mapping[int, ref[Batch]] = field(default_factory=dict)
@@ -516,16 +515,10 @@ class Batch:
         target = self.targets.get(id(tensor))
         return None if target is None else self.record_of(target)
 
-    def record(self, name: str) -> ParamRecord | None:
-        """What the graph keeps of a parameter; None before its first use."""
-        known = self.records.get(name)
-        return None if known is None else known()
-
     def record_of(self, target: Target) -> ParamRecord:
-        record = self.record(target.name)
+        record = self.records.get(target.name)
         if record is None:
-            record = ParamRecord(target, self)
-            self.records[target.name] = ref(record)
+            record = self.records[target.name] = ParamRecord(target, self)
             # Here and not when the model is called: its own forward may be what sets autocast.
             kind = target.parameter.device.type
             if torch.is_autocast_enabled(kind):

@@ -61,9 +61,10 @@ class Rows:
     @property
     def offsets(self) -> Tensor:
         """``bounds`` as int64 on the host."""
-        if self._offsets is None:  # uniform; not kept here: it may be a fake mode's
-            return _uniform_offsets(self.n_examples, self.bounds[-1] // max(self.n_examples, 1))
-        return self._offsets
+        if self._offsets is not None:
+            return self._offsets
+        assert self.per_example is not None  # uniform; not kept here: it may be a fake mode's
+        return _uniform_offsets(self.n_examples, self.per_example)
 
     @classmethod
     def of(cls, owner: Tensor, n_examples: int) -> Rows:
@@ -80,11 +81,6 @@ class Rows:
         even = order is None and n_examples > 0 and bool((counts == counts[0]).all())
         length = int(counts[0]) if even else None
         return cls(n_examples, offsets.tolist(), length, offsets, order, rest)
-
-    @property
-    def in_order(self) -> bool:
-        """All rows lie in example order already."""
-        return self.order is None and self.rest is None
 
     def ordered(self, matrix: Tensor) -> Tensor:
         """The matrix with its rows in example order."""

@@ -49,7 +49,6 @@ class LinearTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        # Few operators and no composite ones: their code has left the cache after each product.
         x, weight = ctx.saved_tensors
         rows: Rows = ctx.rows
         grad_x = grad_weight = grad_bias = None

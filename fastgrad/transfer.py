@@ -38,8 +38,7 @@ class Transfer:
             start = 0
             for i, t in zip(members, tensors, strict=True):
                 end = start + t.numel()
-                part = flat[start:end].copy()  # the whole may be large
-                arrays[i] = part if t.ndim == 1 else part.reshape(t.shape)
+                arrays[i] = flat[start:end].reshape(t.shape).copy()
                 start = end
         self._arrays, self._tensors = arrays, []
 

@@ -92,10 +92,8 @@ def cross_influence(
     whole = block_rows >= rows and block_cols >= cols
     longest = max((b - a for a, b in pairwise(bounds)), default=0)
     if whole and directions is None and prefer_gram(rows, cols, longest, want_grad):
-        sq = gram_norms(left, right, bounds).unsqueeze(0)
-        # last, for whoever takes its norm next finds it in the cache
-        grad = torch.mm(left.t(), right) if want_grad else left.new_empty(0)
-        return grad, sq, left.new_empty(0, n)
+        grad = left.T @ right if want_grad else left.new_empty(0)
+        return grad, gram_norms(left, right, bounds).unsqueeze(0), left.new_empty(0, n)
     return _fused(left, right, bounds, block_rows, block_cols, directions, want_grad)
 
 
@@ -111,10 +109,10 @@ def without_zero_rows(
     """
     if not left.is_cpu or len(left) < ZERO_SAMPLE:
         return left, right, bounds  # elsewhere the host would wait for the count
-    share, other = _zero_share(left), _zero_share(right)
-    if share < ZERO_SHARE and other < ZERO_SHARE:
+    shares = [_zero_share(f) for f in (left, right)]
+    if max(shares) < ZERO_SHARE:
         return left, right, bounds
-    sparse, dense = (left, right) if share >= other else (right, left)
+    sparse, dense = (left, right) if shares[0] >= shares[1] else (right, left)
     zero = _zero_rows(sparse)
     n, length = len(bounds) - 1, uniform_length(bounds)
     if length:
@@ -173,14 +171,14 @@ def gram_norms(left: Tensor, right: Tensor, bounds: Sequence[int]) -> Tensor:
     else:
         ends = list(bounds)
     # The rest is a few numbers per example: Python's own are the quickest.
-    if len(ends) == 2 and ends[1] == len(left):
-        sq, sizes = _gram(left, right, length if length is not None else len(left))
-    else:
-        sq, sizes = [], []
-        for s, e in pairwise(ends):
-            totals, magnitudes = _gram(left[s:e], right[s:e], e - s if length is None else length)
-            sq += totals
-            sizes += magnitudes
+    sq: list[float] = []
+    sizes: list[float] = []
+    for s, e in pairwise(ends):
+        every = e - s == len(left)
+        a, b = (left, right) if every else (left[s:e], right[s:e])
+        totals, magnitudes = _gram(a, b, length if length is not None else e - s)
+        sq += totals
+        sizes += magnitudes
     for j, size in enumerate(sizes):
         if sq[j] < CANCELLED * size:
             s, e = bounds[j], bounds[j + 1]

@@ -24,9 +24,8 @@ class FallbackWarning(UserWarning):
     """An operator that has a Triton kernel runs as blocked PyTorch, for the reason it names."""
 
 
-@cache
 def interpreted() -> bool:
-    """True under ``TRITON_INTERPRET=1``, as Triton itself reads it: once, when a kernel is made."""
+    """True under ``TRITON_INTERPRET=1``, as Triton itself reads it."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 

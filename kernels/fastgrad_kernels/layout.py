@@ -177,10 +177,7 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x).double().square()
     if not x.is_contiguous() and x.ndim == 2 and x.T.is_contiguous():
         x = x.T
-    if x.is_contiguous() and x.numel() % NORM_CHUNK == 0:
-        parts = [torch.linalg.vector_norm(x.view(-1, NORM_CHUNK), dim=1)]
-    else:
-        parts = [torch.linalg.vector_norm(c, dim=1) for c in norm_chunks(x.reshape(-1))]
+    parts = [torch.linalg.vector_norm(c, dim=1) for c in norm_chunks(x.reshape(-1))]
     norms = parts[0] if len(parts) == 1 else torch.cat(parts)
     return torch.linalg.vector_norm(norms, dtype=torch.float64).square_()
 

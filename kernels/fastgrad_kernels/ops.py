@@ -59,8 +59,7 @@ def _influence(
     check_block(block_rows, block_cols)
     if bounds is None or bounds[-1] != left.shape[0]:
         check_offsets(offsets, left.shape[0])
-    if directions is not None:
-        check_directions(directions, left.shape[1], right.shape[1], left.device)
+    check_directions(directions, left.shape[1], right.shape[1], left.device)
     if dispatch.takes(left):
         from fastgrad_kernels import cross_influence as fused
 
